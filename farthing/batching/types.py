@@ -1,0 +1,167 @@
+"""What crosses the seam between the front end and the engine, and nothing else.
+
+Every type here is frozen, small and free of torch: the front end imports this module and
+never the engine. `encode` and `decode_*` are the wire format (msgpack, one message a frame).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence draws its tokens.
+
+    The front end has checked every range; `seed` is always set, so that a draw depends on
+    (seed, position) alone and not on the batch, the step or an engine restart.
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # None: none; n: the drawn token's and the n likeliest's
+    stop_token_ids: tuple[int, ...] = ()  # drawing one ends the sequence with "stop"
+    min_tokens: int = 0  # stop tokens cannot be drawn before this many
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """One sequence to generate.
+
+    `generated` holds tokens that an engine now dead had already delivered: they are computed
+    again as a prefix, count as output (length, penalties, draw positions), and are not sent twice.
+    """
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    generated: list[int] = []
+    arrival: float = 0.0  # time.monotonic() at the front end; the clock is shared on one host
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget a request: its pages are free at the next step. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """End the engine process after the step in flight."""
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token and the natural logarithm of its probability before any filter or penalty."""
+
+    token: int
+    logprob: float
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step brought one request: a token, an end, or both.
+
+    `token` is None only where a request ends without one (abort, error). A stop token is
+    delivered like any other, with `finish_reason="stop"`; the front end does not show it.
+    """
+
+    request_id: str
+    token: int | None = None
+    logprob: float | None = None
+    top_logprobs: list[Logprob] = []
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """One request's part of a step, for the meter (counts of tokens)."""
+
+    request_id: str
+    prefill: int  # prompt tokens computed this step
+    decode: int  # output tokens computed this step (1, or those recomputed after preemption)
+    cached: int  # prompt tokens found in the prefix cache; counted once, in the first step
+    context: int  # tokens attended to at the end of the step
+    queued_s: float  # seconds from arrival to this step, in the request's first step; else 0
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step was, how long it took, and the engine's state after it.
+
+    The three durations cover the time since the previous message without gap or overlap:
+    `idle_s` (nothing to do), `overhead_s` (scheduling, sending, waiting for a batch to form)
+    and `device_s` (the model and the sampler). An idle engine sends a message with no shares
+    about once a second, so that idle time is booked while it passes.
+    """
+
+    device_s: float
+    overhead_s: float
+    idle_s: float
+    shares: list[Share] = []
+    running: int = 0
+    waiting: int = 0
+    batch_limit: int = 0
+    pages_free: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    prefix_queries: int = 0  # tokens looked up, this step
+    prefix_hits: int = 0  # tokens found, this step
+    preemptions: int = 0  # this step
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """The one message a step sends: events in the order in which they happened, and its stats."""
+
+    events: list[TokenEvent]
+    stats: StepStats
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """Sent once, when the model is loaded, warmed up and its KV cache is sized."""
+
+    model_type: str
+    device: str  # "cpu", "cuda:0"
+    precision: str  # what the weights are held in: "bf16", "int8", "nf4", "fp32"
+    vocab_size: int
+    max_model_len: int  # tokens, prompt and output together
+    page_size: int
+    num_pages: int
+    weight_bytes: int
+    kv_bytes: int
+    load_s: float
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot start, and another try would end the same: one line that says the mend."""
+
+    message: str
+
+
+ToEngine = Request | Abort | Shutdown
+FromEngine = StepOutput | EngineReady | EngineFailed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """The engine's side of the seam. Raises msgspec.DecodeError on a foreign frame."""
+    return _to_engine.decode(frame)
+
+
+def decode_from_engine(frame: bytes) -> FromEngine:
+    """The front end's side of the seam. Raises msgspec.DecodeError on a foreign frame."""
+    return _from_engine.decode(frame)
