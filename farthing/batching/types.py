@@ -101,6 +101,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     about once a second, so that idle time is booked while it passes.
     """
 
+    at: float  # time.monotonic() at the end of the time covered
     device_s: float
     overhead_s: float
     idle_s: float
@@ -136,6 +137,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     weight_bytes: int
     kv_bytes: int
     load_s: float
+    at: float  # time.monotonic(); the first step's durations begin here
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
