@@ -113,6 +113,7 @@ def _load_module(
             attn_implementation=ATTENTION,
             quantization_config=quantisation,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
