@@ -33,7 +33,7 @@ from farthing.batching.types import (
 )
 from farthing.models.interface import KVCache, Model
 from farthing.models.load import load_model
-from farthing.quant.fetch import ModelError
+from farthing.quant.errors import ModelError
 
 log = logging.getLogger("farthing.engine")
 
