@@ -140,7 +140,8 @@ class Meter:
         tokens = [count for share in stats.shares for count in (share.prefill, share.decode)]
         if not any(tokens):
             self._overhead += self._charge(device_ns)
-        parts = [self._charge(part_ns) for part_ns in _split(device_ns, tokens)]
+            device_ns = 0
+        parts = self._charge_parts(device_ns, tokens)
         for share, prompt, completion in zip(stats.shares, parts[::2], parts[1::2], strict=True):
             self._book(share, prompt, completion)
 
@@ -195,10 +196,22 @@ class Meter:
 
     def _charge(self, nanoseconds: int) -> int:
         """Move along the line of time and give what it grew by in money."""
-        self._booked_ns += nanoseconds
-        due = self.price.nano(self._booked_ns)
-        charge, self._charged = due - self._charged, due
-        return charge
+        return self._charge_parts(nanoseconds, [1])[0]
+
+    def _charge_parts(self, nanoseconds: int, weights: Sequence[int]) -> list[int]:
+        """Move along the line in parts proportional to the weights and give each part's money."""
+        total, nano = sum(weights), self.price.nano
+        start_ns, charged = self._booked_ns, self._charged
+        reached, due, charges = 0, charged, []
+        for weight in weights:
+            if weight:
+                reached += weight
+                due = nano(start_ns + nanoseconds * reached // total)
+            charges.append(due - charged)
+            charged = due
+        self._booked_ns = start_ns + nanoseconds
+        self._charged = charged
+        return charges
 
     def _book(self, share: ShareLike, prompt: int, completion: int) -> None:
         """Book two charges to a request's account, opened if it is new, not if it was settled."""
@@ -227,19 +240,3 @@ class Meter:
 def _nanoseconds(seconds: float) -> int:
     """Whole nanoseconds; a difference of clocks that came out a hair below zero is 0."""
     return max(0, round(seconds * NANO))
-
-
-def _split(whole: int, weights: Sequence[int]) -> list[int]:
-    """`whole` in proportion to the weights, in integers whose sum is `whole` (all 0 without any).
-
-    Each part runs from the rounded share of the weights before it to that with its own.
-    """
-    total = sum(weights)
-    parts = []
-    reached = begin = 0
-    for weight in weights:
-        reached += weight
-        end = whole * reached // total if total else 0
-        parts.append(end - begin)
-        begin = end
-    return parts
