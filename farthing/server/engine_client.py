@@ -264,7 +264,7 @@ class EngineClient:
         return await self._first_start
 
     def submit(self, request: Request) -> Stream:
-        """Hand a request over; its id must be new. Raises QueueFull or EngineUnavailable at once."""
+        """Hand over a request with a new id. Raises QueueFull or EngineUnavailable at once."""
         if self._closing:
             raise EngineUnavailable("the server is shutting down", retry_after_s=5.0)
         if self._info is None or self._failed_starts >= MAX_FAILED_STARTS:
