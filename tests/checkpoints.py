@@ -63,7 +63,7 @@ _PARTICULARS: dict[Kind, dict[str, Any]] = {
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges: any text round-trips, most characters are several tokens."""
+    """Byte-level BPE with a few merges: any text round-trips, most of it a token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*_SPECIAL, *alphabet, *(left + right for left, right in _MERGES)]
     bpe = models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=_MERGES)

@@ -121,7 +121,7 @@ class StepAttention:
             mask = self._mask(group, window, query.dtype)
             k = keys[group.tables].flatten(1, 2)[:, : group.length].transpose(1, 2).to(query.dtype)
             v = values[group.tables].flatten(1, 2)[:, : group.length].transpose(1, 2)
-            chunks = query[group.rows].unflatten(0, group.positions.shape)
+            chunks = query[group.rows].view(*group.positions.shape, *query.shape[1:])
             output[group.rows] = _attend(chunks, k, v.to(query.dtype), mask, scale).flatten(0, 1)
         return output
 
@@ -147,7 +147,7 @@ class StepAttention:
         pages = -(-length // self._kv.page_size)
         tables = self._step.block_tables[members]
         tables = pad(tables, (0, max(0, pages - tables.shape[1])))[:, :pages]
-        positions = self._step.positions[rows].unflatten(0, (-1, chunk))
+        positions = self._step.positions[rows].view(-1, chunk)
         return _Group(rows, tables, positions, length, {})
 
     def _mask(self, group: _Group, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:

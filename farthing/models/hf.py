@@ -46,9 +46,10 @@ def _attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The registry's function: [1, H, T, D] in, [1, T, H, Dv] out."""
-    assert attention_mask is None and isinstance(module.layer_idx, int)
-    packed = (states[0].transpose(0, 1) for states in (query, key, value))
-    output = step_attention.attend(module.layer_idx, *packed, scaling, sliding_window)
+    assert attention_mask is None
+    assert isinstance(module.layer_idx, int)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    output = step_attention.attend(module.layer_idx, query, key, value, scaling, sliding_window)
     return output.unsqueeze(0), None
 
 

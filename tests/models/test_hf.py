@@ -124,5 +124,5 @@ def test_rope_that_follows_the_batch_is_refused() -> None:
     config = AutoConfig.for_model(
         "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     )
-    with pytest.raises(ModelError, match="'dynamic'.*another"):
+    with pytest.raises(ModelError, match=r"'dynamic'.*another"):
         check_architecture(config)
