@@ -17,9 +17,6 @@ from tests.checkpoints import Kind, tiny_checkpoint
 
 LENGTH = 24  # tokens generated
 CASES: list[tuple[Kind, str]] = [
-    ("llama", "lean"),
-    ("qwen2", "lean"),
-    ("qwen3", "lean"),
     ("llama", "transformers"),
     ("qwen2", "transformers"),
     ("qwen3", "transformers"),
@@ -37,14 +34,13 @@ class Golden:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    kind, implementation = request.param
+    kind, _ = request.param
     folder = tiny_checkpoint(kind, tmp_path_factory.mktemp(kind), seed=3)
     model = load_model(
         folder,
         precision="none",
         device=torch.device("cpu"),
         dtype=torch.float32,
-        implementation=implementation,
     )
     prompt = random_prompt(seed=1, length=37, vocab_size=model.spec.vocab_size)
     return Golden(model, prompt, generate(folder, prompt))

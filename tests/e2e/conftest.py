@@ -30,8 +30,11 @@ class Server:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "farthing.server.cli", "serve", "--port", str(self.port)]
-                + list(args),
+                (
+                    sys.executable,
+                    *f"-m farthing.server.cli serve --port {self.port}".split(),
+                    *args,
+                ),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},

@@ -121,7 +121,11 @@ def test_a_stream_never_breaks_a_character(server: Server) -> None:
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     with server.client().completions.create(
-        model="default", prompt="Count:", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model="default",
+        prompt="Count:",
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
     ) as stream:
         next(iter(stream))
     deadline = time.monotonic() + 10
@@ -165,9 +169,7 @@ def test_sigterm_lets_streams_finish(logs: Path) -> None:
         (["--batch-min", "40"], "batch-min"),
     ],
 )
-def test_what_cannot_start_says_why_in_one_line(
-    logs: Path, args: list[str], message: str
-) -> None:
+def test_what_cannot_start_says_why_in_one_line(logs: Path, args: list[str], message: str) -> None:
     server = Server(logs / "wrong.log", *args)
     assert server.process.wait(120) == 2
     text = server.log.read_text()
