@@ -21,7 +21,6 @@ from farthing.batching.sequence import Batch, Chunk
 from farthing.batching.types import (
     Abort,
     FinishReason,
-    Logprob,
     Request,
     Share,
     Shutdown,
@@ -160,7 +159,7 @@ class Engine:
                     request_id=request_id,
                     token=draw.token,
                     logprob=draw.logprob,
-                    top_logprobs=[Logprob(token, value) for token, value in draw.top_logprobs],
+                    top_logprobs=draw.top_logprobs,
                     finish_reason=reason,
                 )
             )

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
-import torch
-
 from farthing.models.interface import ModelSpec
 
 GIB = 1024**3
@@ -16,24 +11,6 @@ DEVICE_SHARE = 0.9  # of the free device memory, measured after a step of the la
 
 class CacheTooSmall(Exception):
     """The memory there is cannot hold the context asked for."""
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: on a GPU its own, else the host's or the container's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(psutil.virtual_memory().available, _container_headroom())
-
-
-def _container_headroom() -> int:
-    """What the control group still allows (Linux cgroup v2); without a limit, no bound."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        current = int((group / "memory.current").read_text())
-    except OSError:
-        return 2**63
-    return 2**63 if limit == "max" else max(int(limit) - current, 0)
 
 
 def plan_pages(

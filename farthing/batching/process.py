@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import torch
@@ -19,7 +20,7 @@ import zmq
 
 from farthing.batching.blocks import PagePool
 from farthing.batching.engine import Engine
-from farthing.batching.memory import DEVICE_SHARE, HOST_SHARE, CacheTooSmall, free_bytes, plan_pages
+from farthing.batching.memory import DEVICE_SHARE, HOST_SHARE, CacheTooSmall, plan_pages
 from farthing.batching.runner import Runner
 from farthing.batching.scheduler import Scheduler, SchedulerConfig
 from farthing.batching.types import (
@@ -33,7 +34,8 @@ from farthing.batching.types import (
 )
 from farthing.models.interface import KVCache, Model
 from farthing.models.load import load_model
-from farthing.quant.fetch import ModelError
+from farthing.models.memory import free_memory
+from farthing.quant.errors import ModelError
 
 log = logging.getLogger("farthing.engine")
 
@@ -78,11 +80,10 @@ def build(settings: EngineSettings, channel: ZmqChannel) -> Engine:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = load_model(
-        settings.model_folder,
+        Path(settings.model_folder),
         precision=settings.precision,
         device=device,
         dtype=dtype,
-        implementation=settings.model_impl,
     )
     budget_tokens = settings.max_num_batched_tokens or (
         CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS
@@ -90,7 +91,7 @@ def build(settings: EngineSettings, channel: ZmqChannel) -> Engine:
     budget_tokens = max(budget_tokens, settings.batch_max)
     _warm_up(model, settings, budget_tokens)
     budget = settings.kv_memory or int(
-        free_bytes(device) * (HOST_SHARE if device.type == "cpu" else DEVICE_SHARE)
+        free_memory(device) * (HOST_SHARE if device.type == "cpu" else DEVICE_SHARE)
     )
     pages, max_model_len = plan_pages(
         model.spec, settings.page_size, budget, settings.batch_max, settings.max_model_len

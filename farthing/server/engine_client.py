@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -45,6 +45,7 @@ from farthing.server.engine import EngineUnavailable, QueueFull
 
 log = logging.getLogger(__name__)
 
+ENGINE_COMMAND = (sys.executable, "-m", "farthing.batching.process")
 DEATHS_PER_REQUEST = 3  # within DEATH_WINDOW_S: the request is taken to be the cause
 DEATH_WINDOW_S = 60.0
 MAX_BACKOFF_S = 30.0
@@ -133,7 +134,14 @@ class Observers:
 class _Life:
     """One engine process with its two sockets."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: str, number: int) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        command: Sequence[str],
+        folder: str,
+        number: int,
+    ) -> None:
+        self._command = command
         self.inbox = f"ipc://{folder}/to-engine-{number}"
         self.outbox = f"ipc://{folder}/from-engine-{number}"
         self._to_engine = context.socket(zmq.PUSH)
@@ -151,7 +159,7 @@ class _Life:
     async def run(self, settings: EngineSettings, handle: Callable[[FromEngine], None]) -> int:
         """Start the process, pass on all it sends, and return its exit code once it has ended."""
         process = self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "farthing.batching.process"), stdin=asyncio.subprocess.PIPE
+            *self._command, stdin=asyncio.subprocess.PIPE
         )
         reader = asyncio.create_task(self._read(handle))
         try:
@@ -198,8 +206,10 @@ class EngineClient:
         max_queue: int,
         deadline_s: float,
         started: float,
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         """`started`: the monotonic time from which time without an engine is booked."""
+        self._command = command
         self._settings = settings
         self._observers = observers
         self._max_queue = max_queue
@@ -211,7 +221,8 @@ class EngineClient:
         self._life: _Life | None = None
         self._info: EngineReady | None = None
         self._up = False
-        self._closing = False
+        self._closing = False  # no more requests
+        self._stopping = asyncio.Event()  # no more engines
         self._failed_starts = 0
         self._booked_until = started
         self._last_message = started
@@ -234,6 +245,11 @@ class EngineClient:
         return not self._stalled(time.monotonic()) and self._failed_starts < MAX_FAILED_STARTS
 
     @property
+    def booked_until(self) -> float:
+        """The monotonic time up to which the observers have been told of every second."""
+        return self._booked_until
+
+    @property
     def pid(self) -> int | None:
         """The engine's process, for operators and tests."""
         return self._life.pid if self._life else None
@@ -248,7 +264,7 @@ class EngineClient:
         return await self._first_start
 
     def submit(self, request: Request) -> Stream:
-        """Hand a request over. Raises QueueFull or EngineUnavailable, before any work."""
+        """Hand over a request with a new id. Raises QueueFull or EngineUnavailable at once."""
         if self._closing:
             raise EngineUnavailable("the server is shutting down", retry_after_s=5.0)
         if self._info is None or self._failed_starts >= MAX_FAILED_STARTS:
@@ -278,11 +294,14 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine process, at once if it doesn't end by itself."""
         self._closing = True
-        if self._life is not None and self._up:
+        self._stopping.set()
+        keeper = self._tasks[:1]
+        if self._up and keeper:
             self._send(Shutdown())
-            await asyncio.wait(self._tasks[:1], timeout=SHUTDOWN_S)
-        if self._life is not None:
+            await asyncio.wait(keeper, timeout=SHUTDOWN_S)
+        if self._life is not None and keeper:
             self._life.kill()
+            await asyncio.wait(keeper, timeout=SHUTDOWN_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -292,20 +311,22 @@ class EngineClient:
     async def _keep_alive(self) -> None:
         """Run one engine after another until the server closes."""
         number = 0
-        while True:
+        while not self._stopping.is_set():
             number += 1
-            self._life = _Life(self._context, self._folder, number)
+            self._life = _Life(self._context, self._command, self._folder, number)
             try:
                 code = await self._life.run(self._settings, self._handle)
             finally:
                 self._life.kill()
                 self._life.close()
-            if self._closing:
+            if self._stopping.is_set():
                 self._up = False
                 return
             self._died(code)
             if self._failed_starts:
-                await asyncio.sleep(min(2.0**self._failed_starts, MAX_BACKOFF_S))
+                backoff = min(2.0**self._failed_starts, MAX_BACKOFF_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), backoff)
 
     def _handle(self, message: FromEngine) -> None:
         self._last_message = time.monotonic()
