@@ -18,6 +18,7 @@ from farthing.quant.linear import (
     Precision,
     bitsandbytes_config,
     check_quantisable,
+    keep_cpu_layout,
     stored_precision,
     weight_bytes,
 )
@@ -57,6 +58,8 @@ def load_model(
         check_quantisable(tensors, held)
     _check_memory(weight_bytes(tensors, asked, dtype), free, held, device)
     module = _load_module(folder, config, device, dtype, quantisation)
+    if device.type == "cpu":
+        keep_cpu_layout(module)
     return HFModel(module, _DTYPE_NAMES[dtype] if held == "none" else held)
 
 

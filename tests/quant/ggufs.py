@@ -10,7 +10,6 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-
 _ADDERS = {
     str: gguf.GGUFWriter.add_string,
     int: gguf.GGUFWriter.add_uint32,
