@@ -17,7 +17,7 @@ from farthing.quant.errors import ModelError
 from farthing.quant.headers import read_headers
 from farthing.quant.linear import Precision, weight_bytes
 from tests.checkpoints import tiny_checkpoint
-from tests.models.steps import Sequence, Session
+from tests.models.steps import DEVICES, Sequence, Session
 
 CPU = torch.device("cpu")
 PROMPT = list(range(5, 40))
@@ -42,8 +42,8 @@ def edited(checkpoint: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def logits(folder: Path, precision: Precision, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model = load_model(folder, precision, CPU, dtype)
+def logits(folder: Path, precision: Precision, device: str) -> torch.Tensor:
+    model = load_model(folder, precision, torch.device(device), torch.float32)
     return Session(model).run([(Sequence(), PROMPT)])[0]
 
 
@@ -72,9 +72,10 @@ def unpacked(quantised: torch.nn.Module, plain: torch.nn.Module) -> torch.nn.Mod
     return plain
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_prequantised_checkpoints_load_as_they_were_saved(
-    form: str, checkpoint: Path, tmp_path: Path
+    form: str, device: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(
         checkpoint, quantization_config=FORMATS[form], dtype=torch.float32
@@ -83,9 +84,9 @@ def test_prequantised_checkpoints_load_as_they_were_saved(
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         expected = unpacked(quantised, plain)(torch.tensor([PROMPT])).logits[0]
-    model = load_model(tmp_path / "saved", "auto", CPU, torch.float32)
+    model = load_model(tmp_path / "saved", "auto", torch.device(device), torch.float32)
     assert model.spec.precision == form.split()[0]
-    got = Session(model).run([(Sequence(), PROMPT)])[0]
+    got = Session(model).run([(Sequence(), PROMPT)])[0].cpu()
     # int8 rounds activations too; 4-bit blocks have their scales in bfloat16 on some CPUs.
     tolerance = 0.08 if form == "int8" else 0.05
     assert (got - expected).abs().max() < tolerance * expected.abs().max()
@@ -93,14 +94,15 @@ def test_prequantised_checkpoints_load_as_they_were_saved(
         load_model(tmp_path / "saved", "none", CPU)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("precision", "form"), [("nf4", "nf4 double"), ("int8", "int8")])
 def test_quantising_in_flight_equals_the_prequantised_form(
-    precision: Precision, form: str, checkpoint: Path, tmp_path: Path
+    precision: Precision, form: str, device: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=FORMATS[form], dtype=torch.float32
+        checkpoint, quantization_config=FORMATS[form], dtype=torch.float32, device_map=device
     ).save_pretrained(tmp_path)
-    assert torch.equal(logits(checkpoint, precision), logits(tmp_path, "auto"))
+    assert torch.equal(logits(checkpoint, precision, device), logits(tmp_path, "auto", device))
 
 
 @pytest.mark.parametrize("precision", ["none", "int8", "nf4"])
