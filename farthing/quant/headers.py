@@ -33,12 +33,24 @@ class StoredTensor:
 def read_headers(folder: Path) -> list[StoredTensor]:
     """Every tensor of the folder's safetensors files.
 
-    Raises ModelError for a folder without them and for a file cut short or not in the format.
+    Raises ModelError where one is missing, cut short or not in the format.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no *.safetensors file. Convert or download the weights")
-    return [tensor for file in files for tensor in _read_header(file)]
+    return [tensor for file in _weight_files(folder) for tensor in _read_header(file)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {"model.safetensors"}
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing)}. Download the model again; weights in another "
+            "format (such as pytorch_model.bin) must be converted to safetensors first"
+        )
+    return [folder / name for name in sorted(names)]
 
 
 def _read_header(file: Path) -> list[StoredTensor]:

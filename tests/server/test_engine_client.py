@@ -19,7 +19,7 @@ from farthing.cost.price import Price
 from farthing.server.engine import EngineUnavailable, QueueFull
 from farthing.server.engine_client import EngineClient, EngineStartError, Observers, Stream
 
-FAKE = (sys.executable, "-m", "tests.server.fake_engine")
+FAKE = (sys.executable, "-m", "tests.server.fake_process")
 
 
 class Log:
