@@ -18,6 +18,7 @@ import msgspec
 import torch
 import zmq
 
+from farthing import logs
 from farthing.batching.blocks import PagePool
 from farthing.batching.engine import Engine
 from farthing.batching.memory import DEVICE_SHARE, HOST_SHARE, CacheTooSmall, plan_pages
@@ -152,9 +153,7 @@ def _ready(
 def main() -> int:
     """Run an engine until it is told to stop; returns the exit code."""
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSettings)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_level)
     # The terminal's Ctrl-C reaches the whole process group; the front end decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = ZmqChannel(settings.inbox, settings.outbox)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -75,7 +76,7 @@ async def _serve(
     settings: Settings, listener: socket.socket, folder: Path, text: TextModel, started: float
 ) -> None:
     """Answer from the first moment, take requests while the engine is there, drain at the end."""
-    name = _model_name(settings, folder)
+    name = _model_name(settings)
     meter = Meter(settings.price(), started)
     metrics = Metrics(name, meter)
     engine = _engine(settings, folder, meter, metrics, started)
@@ -101,10 +102,10 @@ async def _serve(
     http = asyncio.create_task(server.serve([listener]))
     starting = asyncio.create_task(engine.start())
     try:
-        await asyncio.wait({starting, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
+        await _first_of(starting, http, asked_to_stop)
         if starting.done():
             _announce(starting.result(), settings, name, listener)
-        await asked_to_stop
+            await _first_of(http, asked_to_stop)
         log.info("stopping; open streams have %g s to finish", settings.drain_timeout_s)
         await engine.drain(settings.drain_timeout_s)
     finally:
@@ -120,6 +121,10 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _signalled() -> asyncio.Future[None]:
@@ -184,7 +189,7 @@ def _engine(
     )
 
 
-def _model_name(settings: Settings, folder: Path) -> str:
+def _model_name(settings: Settings) -> str:
     """The name asked for; else a hub id as it is, and a file or folder without its path."""
     if settings.served_model_name is not None:
         return settings.served_model_name
