@@ -7,7 +7,6 @@ otherwise may be started again.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -37,8 +36,6 @@ from farthing.models.interface import KVCache, Model
 from farthing.models.load import load_model
 from farthing.models.memory import free_memory
 from farthing.quant.errors import ModelError
-
-log = logging.getLogger("farthing.engine")
 
 CPU_BATCHED_TOKENS = 256  # a chunk lasts about as long as a few decode steps
 CUDA_BATCHED_TOKENS = 2048

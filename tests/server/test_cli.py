@@ -73,7 +73,6 @@ def test_serve_shows_its_flags() -> None:
         (["sevre"], "farthing: argument COMMAND: invalid choice: 'sevre'"),
         ([], "farthing: the following arguments are required: COMMAND"),
     ],
-    ids=" ".join,
 )
 def test_what_cannot_be_carried_out_is_one_line(args: list[str], line: str, tmp_path: Path) -> None:
     done = run(*args, FARTHING_CACHE_DIR=str(tmp_path))
