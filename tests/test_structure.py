@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "cost": {"cost"},
     "bench": {"bench"},
 }
-# These two wire the rooms together.
-WIRING = {ROOT / "server" / "cli.py", ROOT / "batching" / "process.py"}
+# These wire the rooms together: the command, the server and the engine process.
+WIRING = {ROOT / room for room in ("server/cli.py", "server/serve.py", "batching/process.py")}
 
 
 def imports(path: Path) -> Iterator[str]:
