@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 from conftest import Say
 from fake_engine import FakeEngine
 
+from farthing.server.app import create_app
 from farthing.server.services import Services
 
 pytestmark = pytest.mark.anyio
@@ -334,47 +336,71 @@ async def test_the_description_holds_every_type_it_refers_to(client: httpx.Async
     assert schemas["ChatCompletionRequest"]["required"] == ["messages"]
 
 
+class Client:
+    """Drives the application on ASGI itself, where leaving and reading slowly are plain to see."""
+
+    def __init__(self, services: Services, body: dict[str, Any]) -> None:
+        self.left = asyncio.Event()
+        self.reads = asyncio.Event()
+        self.received = b""
+        self._requests = [json.dumps(body).encode()]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": CHAT,
+            "raw_path": CHAT.encode(),
+            "query_string": b"",
+            "headers": [],
+            "http_version": "1.1",
+            "scheme": "http",
+            "asgi": {"version": "3.0"},
+        }
+        app = create_app(services)
+        self.running = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._requests:
+            return {"type": "http.request", "body": self._requests.pop(), "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        await self.reads.wait()
+        self.received += message.get("body", b"")
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(2):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_a_client_that_leaves_ends_all_its_choices(
     services: Services, engine: FakeEngine, streamed: bool
 ):
-    """Driven on ASGI itself, where leaving is a message."""
-    from farthing.server.app import create_app
-
     engine.hold = 2
-    body = json.dumps(chat(n=3, stream=streamed)).encode()
-    left = asyncio.Event()
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": CHAT,
-        "raw_path": CHAT.encode(),
-        "query_string": b"",
-        "headers": [],
-        "http_version": "1.1",
-        "scheme": "http",
-        "asgi": {"version": "3.0"},
-    }
-    running = asyncio.create_task(create_app(services)(scope, receive, send))
-    while len(engine.submitted) < 3:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    client = Client(services, chat(n=3, stream=streamed))
+    client.reads.set()
+    await eventually(lambda: engine.meter.totals.completion > 0)
     assert engine.cancelled == []
-    left.set()
-    await asyncio.wait_for(running, 1)
+    client.left.set()
+    async with asyncio.timeout(2):
+        await client.running
     assert sorted(engine.cancelled) == sorted(r.request_id for r in engine.submitted)
-    totals = engine.meter.totals
-    assert totals.prompt + totals.completion > 0
     exposed, _ = services.metrics.exposition()
     assert b'finished_reason="abort",model_name="tiny"} 3.0' in exposed
+
+
+async def test_a_client_that_reads_nothing_holds_up_no_answer(
+    services: Services, engine: FakeEngine
+):
+    client = Client(services, chat(stream=True, stop="world"))
+    await eventually(lambda: bool(engine.cancelled))  # the stop string was found unread
+    assert client.received == b""
+    client.reads.set()
+    async with asyncio.timeout(2):
+        await client.running
+    events = client.received.decode().split("\n\n")[:-2]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert contents(chunks) == "Hello, "

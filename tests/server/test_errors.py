@@ -197,10 +197,12 @@ def test_no_value_in_any_field_is_unexpected(kind: type[Any], data: st.DataObjec
     fields = data.draw(st.dictionaries(names, json_values, max_size=3))
     try:
         request = kind.model_validate_json(json.dumps(valid | fields))
-    except ValidationError as error:
-        assert to_api_error(error).status == 400
+    except ValidationError as invalid:
+        status = to_api_error(invalid).status
     else:
-        assert request.stops == [stop for stop in request.stops if stop]
+        status = None
+        assert "" not in request.stops
+    assert status in (None, 400)
 
 
 async def test_a_body_over_the_limit_is_413(client: httpx.AsyncClient):

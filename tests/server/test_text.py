@@ -17,7 +17,8 @@ def user(content: str) -> dict[str, str]:
 def test_a_template_sees_what_hugging_face_gives_it():
     template = ChatTemplate(
         "{{ bos_token }}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
-        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | int > 2000 }}",
+        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%Y') | int > 2000 }}",
         {"bos_token": "<s>"},
     )
     rendered = template.render([user("<é>"), user("2"), user("3")])
