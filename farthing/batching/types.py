@@ -146,6 +146,28 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is started with; None leaves the choice to the engine."""
+
+    model_folder: str
+    inbox: str  # ZeroMQ addresses, bound by the front end
+    outbox: str
+    precision: Literal["auto", "none", "int8", "nf4"] = "auto"
+    model_impl: Literal["auto", "lean", "transformers"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    batch_wait_ms: float = 200.0
+    batch_min: int = 4
+    batch_max: int = 32
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    page_size: int = 16
+    kv_memory: int | None = None  # bytes
+    enable_prefix_caching: bool = True
+    log_level: str = "info"
+
+
 ToEngine = Request | Abort | Shutdown
 FromEngine = StepOutput | EngineReady | EngineFailed
 

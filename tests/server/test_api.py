@@ -7,11 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Say
-from fake_engine import FakeEngine
 
 from farthing.server.app import create_app
 from farthing.server.services import Services
+from tests.server.conftest import Say
+from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 

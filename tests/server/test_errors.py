@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -18,6 +17,7 @@ from farthing.server.engine import EngineUnavailable, QueueFull
 from farthing.server.errors import to_api_error
 from farthing.server.protocol import ChatCompletionRequest, CompletionRequest
 from farthing.server.services import Services
+from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import openai
 import pytest
 import uvicorn
-from conftest import Say
-from fake_engine import FakeEngine
 
 from farthing.server.app import create_app
 from farthing.server.engine import QueueFull
 from farthing.server.services import Services
+from tests.server.conftest import Say
+from tests.server.fake_engine import FakeEngine
 
 
 @pytest.fixture
