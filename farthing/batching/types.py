@@ -101,6 +101,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     about once a second, so that idle time is booked while it passes.
     """
 
+    at: float  # time.monotonic() at the end of the time covered
     device_s: float
     overhead_s: float
     idle_s: float
@@ -136,12 +137,35 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     weight_bytes: int
     kv_bytes: int
     load_s: float
+    at: float  # time.monotonic(); the first step's durations begin here
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine cannot start, and another try would end the same: one line that says the mend."""
 
     message: str
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is started with; None leaves the choice to the engine."""
+
+    model_folder: str
+    inbox: str  # ZeroMQ addresses, bound by the front end
+    outbox: str
+    precision: Literal["auto", "none", "int8", "nf4"] = "auto"
+    model_impl: Literal["auto", "lean", "transformers"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    batch_wait_ms: float = 200.0
+    batch_min: int = 4
+    batch_max: int = 32
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    page_size: int = 16
+    kv_memory: int | None = None  # bytes
+    enable_prefix_caching: bool = True
+    log_level: str = "info"
 
 
 ToEngine = Request | Abort | Shutdown

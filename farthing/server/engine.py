@@ -67,5 +67,5 @@ class Engine(Protocol):
         ...
 
     def submit(self, request: Request) -> EventStream:
-        """Hand a request over. Raises QueueFull or EngineUnavailable, before any work."""
+        """Hand over a request with a new id. Raises QueueFull or EngineUnavailable at once."""
         ...

@@ -1,0 +1,203 @@
+"""The engine's loop: inbox, step, outbox, and what happens when a step fails.
+
+Every request that comes in leaves by exactly one terminal event. Time is booked without gap or
+overlap in three accounts: device (the model and the sampler ran), idle (nothing to do) and
+overhead (all the rest), so that the front end can price every second once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Protocol
+
+import torch
+
+from farthing.batching.runner import Runner
+from farthing.batching.sampler import Sample, SamplingError
+from farthing.batching.scheduler import Scheduler
+from farthing.batching.sequence import Batch, Chunk
+from farthing.batching.types import (
+    Abort,
+    FinishReason,
+    Request,
+    Share,
+    Shutdown,
+    StepOutput,
+    StepStats,
+    ToEngine,
+    TokenEvent,
+)
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0  # an idle engine says so this often
+
+
+class Channel(Protocol):
+    """The engine's end of the seam."""
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        """All messages that are there; waits up to `timeout_s` for the first."""
+        ...
+
+    def send(self, output: StepOutput) -> None:
+        """Hand a message over; never blocks."""
+        ...
+
+
+class Clock:
+    """Splits the time since the last message into device, idle and the rest."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self.device_s = 0.0
+        self.idle_s = 0.0
+
+    def read(self) -> tuple[float, float, float, float]:
+        """(now, device_s, overhead_s, idle_s) since the last call, and begin anew."""
+        now = time.monotonic()
+        device_s, idle_s = self.device_s, self.idle_s
+        overhead_s = max(now - self._since - device_s - idle_s, 0.0)
+        self._since, self.device_s, self.idle_s = now, 0.0, 0.0
+        return now, device_s, overhead_s, idle_s
+
+
+class Engine:
+    """Runs steps until it is told to stop or its front end is gone."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, channel: Channel) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._channel = channel
+        self._clock = Clock()
+        self._events: list[TokenEvent] = []
+        self._parent = os.getppid()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Loop until Shutdown, or until the parent process is another than at the start."""
+        while not self._stopping and os.getppid() == self._parent:
+            self._receive()
+            now = time.monotonic()
+            wait_s = self._scheduler.formation_wait_s(now)
+            if wait_s > 0:
+                self._take(self._channel.receive(wait_s))
+                continue
+            batch = self._scheduler.schedule(now)
+            shares = self._step(batch, now) if batch.chunks else []
+            self._report(batch, shares)
+
+    def _receive(self) -> None:
+        """Drain the inbox; with nothing else to do, wait for it and book the time as idle."""
+        if self._scheduler.has_work:
+            self._take(self._channel.receive(0.0))
+            return
+        began = time.monotonic()
+        messages = self._channel.receive(HEARTBEAT_S)
+        self._clock.idle_s += time.monotonic() - began
+        self._take(messages)
+
+    def _take(self, messages: list[ToEngine]) -> None:
+        for message in messages:
+            match message:
+                case Request():
+                    self._add(message)
+                case Abort():
+                    if self._scheduler.abort(message.request_id):
+                        self._end(message.request_id, "abort")
+                case Shutdown():
+                    self._stopping = True
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._scheduler.add(request, time.monotonic())
+        except ValueError as error:
+            self._end(request.request_id, "error", str(error))
+
+    def _step(self, batch: Batch, now: float) -> list[Share]:
+        """Compute a batch and book its draws. A step that fails is tried again in parts."""
+        began = time.monotonic()
+        try:
+            draws = self._runner.run(batch)
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process; the front end starts another
+        except Exception as error:
+            self._clock.device_s += time.monotonic() - began
+            return self._step_in_parts(batch, now, error)
+        self._clock.device_s += time.monotonic() - began
+        shares = [_share(chunk, now) for chunk in batch.chunks]
+        drawn = iter(draws)
+        for chunk in batch.chunks:
+            self._book(chunk, next(drawn) if chunk.draws else None)
+        return shares
+
+    def _step_in_parts(self, batch: Batch, now: float, error: Exception) -> list[Share]:
+        """Run each chunk of a failed batch alone, so that only the one at fault ends."""
+        if len(batch.chunks) > 1:
+            log.warning("a step of %d sequences failed (%s); one by one", len(batch.chunks), error)
+            alone = [Batch((chunk,)) for chunk in batch.chunks]
+            return [share for part in alone for share in self._step(part, now)]
+        (chunk,) = batch.chunks
+        request_id = chunk.sequence.request_id
+        log.error("request %s failed", request_id, exc_info=error)
+        self._scheduler.abort(request_id)
+        self._end(request_id, "error", f"the model failed on this request: {error}")
+        return [_share(chunk, now)]
+
+    def _book(self, chunk: Chunk, draw: Sample | SamplingError | None) -> None:
+        request_id = chunk.sequence.request_id
+        if isinstance(draw, SamplingError):
+            self._scheduler.abort(request_id)
+            self._end(request_id, "error", str(draw))
+            return
+        reason = self._scheduler.commit(chunk, draw.token if draw else None)
+        if draw is not None:
+            self._events.append(
+                TokenEvent(
+                    request_id=request_id,
+                    token=draw.token,
+                    logprob=draw.logprob,
+                    top_logprobs=draw.top_logprobs,
+                    finish_reason=reason,
+                )
+            )
+
+    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        self._events.append(TokenEvent(request_id=request_id, finish_reason=reason, error=error))
+
+    def _report(self, batch: Batch, shares: list[Share]) -> None:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        events, self._events = self._events, []
+        at, device_s, overhead_s, idle_s = self._clock.read()
+        stats = StepStats(
+            at=at,
+            device_s=device_s,
+            overhead_s=overhead_s,
+            idle_s=idle_s,
+            shares=shares,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            batch_limit=scheduler.batch_limit,
+            pages_free=pool.free,
+            pages_used=pool.used,
+            pages_cached=pool.cached,
+            prefix_queries=batch.prefix_queries,
+            prefix_hits=batch.prefix_hits,
+            preemptions=batch.preemptions,
+        )
+        self._channel.send(StepOutput(events=events, stats=stats))
+
+
+def _share(chunk: Chunk, now: float) -> Share:
+    sequence = chunk.sequence
+    first = not sequence.admitted
+    return Share(
+        request_id=sequence.request_id,
+        prefill=chunk.prefill,
+        decode=chunk.length - chunk.prefill,
+        cached=sequence.cached if first else 0,
+        context=chunk.end,
+        queued_s=max(now - sequence.request.arrival, 0.0) if first else 0.0,
+    )

@@ -1,0 +1,242 @@
+"""Each step's measured time becomes money, shared among the requests that the step served.
+
+The meter turns all time it is told of into money along one line: after `t` nanoseconds in all it
+has charged exactly `price.nano(t)`, and a booking gets what the line grew by. What rounding takes
+from one booking the next one gets, so every figure is a whole number of nano-units and their sum
+is the machine's bill to the last one, after any number of steps. `docs/cost.md` says who pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from farthing.cost.price import NANO, Price
+
+LATE_STEPS = 1000
+"""Steps after which no share of a settled request can still be under way from the engine."""
+
+
+class ShareLike(Protocol):
+    """One request's part of a step, in tokens, as `farthing.batching.types.Share` has it."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def prefill(self) -> int: ...
+    @property
+    def decode(self) -> int: ...
+    @property
+    def cached(self) -> int: ...
+
+
+class StepLike(Protocol):
+    """One step's durations and shares, as `farthing.batching.types.StepStats` has them."""
+
+    @property
+    def device_s(self) -> float: ...
+    @property
+    def overhead_s(self) -> float: ...
+    @property
+    def idle_s(self) -> float: ...
+    @property
+    def shares(self) -> Sequence[ShareLike]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one request cost, in nano-units (10⁻⁹) of the price's currency.
+
+    `cached` is the charge for prompt tokens found in the prefix cache, of which there were
+    `cached_tokens`; nothing is computed for them, so it is 0.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        """All charges together, in nano-units."""
+        return self.prompt + self.cached + self.completion
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.prompt + other.prompt,
+            self.cached + other.cached,
+            self.completion + other.completion,
+            self.cached_tokens + other.cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Everything booked since the start, by kind, in nano-units. No figure ever falls.
+
+    `prompt` and `completion` belong to requests, settled or still open; `cancelled` is work that
+    was under way when its request was settled; `overhead` and `idle` are no request's.
+    """
+
+    prompt: int
+    completion: int
+    cancelled: int
+    overhead: int
+    idle: int
+
+    @property
+    def requests(self) -> int:
+        """What requests caused, cancelled work included."""
+        return self.prompt + self.completion + self.cancelled
+
+    @property
+    def total(self) -> int:
+        """All kinds together: the price of all time booked."""
+        return self.requests + self.overhead + self.idle
+
+
+@dataclass(slots=True)
+class _Account:
+    prompt: int = 0
+    completion: int = 0
+    cached_tokens: int = 0
+
+
+class Meter:
+    """The machine's time, priced and booked to whom it served.
+
+    `started` is the `time.monotonic()` from which the machine is to be paid for. Not thread-safe:
+    it belongs to the event loop that reads the engine's messages.
+    """
+
+    def __init__(self, price: Price, started: float) -> None:
+        self.price = price
+        self.started = started
+        self._accounts: dict[str, _Account] = {}
+        self._settled: dict[
+            str, int
+        ] = {}  # request id -> step at which it was settled, oldest first
+        self._steps = 0
+        self._booked_ns = 0
+        self._charged = 0
+        self._prompt = 0
+        self._completion = 0
+        self._cancelled = 0
+        self._overhead = 0
+        self._idle = 0
+
+    def record(self, stats: StepLike) -> None:
+        """Book one step. A request's first share opens its account.
+
+        Device time is shared in proportion to the tokens computed; where there are none, it is
+        overhead.
+        """
+        self._steps += 1
+        self._forget_settled()
+        self._overhead += self._charge(_nanoseconds(stats.overhead_s))
+        self._idle += self._charge(_nanoseconds(stats.idle_s))
+        device_ns = _nanoseconds(stats.device_s)
+        tokens = [count for share in stats.shares for count in (share.prefill, share.decode)]
+        if not any(tokens):
+            self._overhead += self._charge(device_ns)
+            device_ns = 0
+        parts = self._charge_parts(device_ns, tokens)
+        for share, prompt, completion in zip(stats.shares, parts[::2], parts[1::2], strict=True):
+            self._book(share, prompt, completion)
+
+    def downtime(self, seconds: float) -> None:
+        """Book time in which no engine reported (a start, a restart) to overhead.
+
+        After a death that is the time from the dead engine's last message to the next one's
+        `EngineReady`: the step that was lost is in it.
+        """
+        self._overhead += self._charge(_nanoseconds(seconds))
+
+    def settle(self, request_id: str) -> Cost:
+        """Close a request's account, whatever its end, and say what the request cost.
+
+        Zero for a request that was never computed, and when settled a second time. What the
+        engine still had under way for it is booked to `cancelled` when it arrives.
+        """
+        self._settled.setdefault(request_id, self._steps)
+        account = self._accounts.pop(request_id, None)
+        if account is None:
+            return Cost()
+        return Cost(
+            prompt=account.prompt,
+            completion=account.completion,
+            cached_tokens=account.cached_tokens,
+        )
+
+    @property
+    def totals(self) -> Totals:
+        """Everything booked so far."""
+        return Totals(
+            prompt=self._prompt,
+            completion=self._completion,
+            cancelled=self._cancelled,
+            overhead=self._overhead,
+            idle=self._idle,
+        )
+
+    def balance(self, now: float) -> float:
+        """(requests + idle + overhead) / (wall time × price); 1 when the bill adds up.
+
+        The numerator is what was booked from the engine's own measured durations, the denominator
+        the clock here, so lost or doubled time shows. `now` is `time.monotonic()` when the last
+        message was recorded: later, the step in flight is missing. At price 0 the same times are
+        compared without the price.
+        """
+        wall_ns = _nanoseconds(now - self.started)
+        booked, due = self.totals.total, self.price.nano(wall_ns)
+        if self.price.nano_per_second == 0:
+            booked, due = self._booked_ns, wall_ns
+        return booked / due if due else 1.0
+
+    def _charge(self, nanoseconds: int) -> int:
+        """Move along the line of time and give what it grew by in money."""
+        return self._charge_parts(nanoseconds, [1])[0]
+
+    def _charge_parts(self, nanoseconds: int, weights: Sequence[int]) -> list[int]:
+        """Move along the line in parts proportional to the weights and give each part's money."""
+        total, nano = sum(weights), self.price.nano
+        start_ns, charged = self._booked_ns, self._charged
+        reached, due, charges = 0, charged, []
+        for weight in weights:
+            if weight:
+                reached += weight
+                due = nano(start_ns + nanoseconds * reached // total)
+            charges.append(due - charged)
+            charged = due
+        self._booked_ns = start_ns + nanoseconds
+        self._charged = charged
+        return charges
+
+    def _book(self, share: ShareLike, prompt: int, completion: int) -> None:
+        """Book two charges to a request's account, opened if it is new, not if it was settled."""
+        account = self._accounts.get(share.request_id)
+        if account is None:
+            if share.request_id in self._settled:
+                self._cancelled += prompt + completion
+                return
+            account = self._accounts[share.request_id] = _Account()
+        self._prompt += prompt
+        self._completion += completion
+        account.prompt += prompt
+        account.completion += completion
+        # An engine started again finds its own hits: they are the same prompt tokens.
+        account.cached_tokens = max(account.cached_tokens, share.cached)
+
+    def _forget_settled(self) -> None:
+        """Keep the memory of settled requests as short as shares can be late."""
+        while self._settled:
+            oldest = next(iter(self._settled))
+            if self._steps - self._settled[oldest] <= LATE_STEPS:
+                return
+            del self._settled[oldest]
+
+
+def _nanoseconds(seconds: float) -> int:
+    """Whole nanoseconds; a difference of clocks that came out a hair below zero is 0."""
+    return max(0, round(seconds * NANO))

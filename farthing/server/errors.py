@@ -1,0 +1,188 @@
+"""Everything that can go wrong with a request, and what the client is told.
+
+ApiError                   status  type
+  InvalidRequest              400  invalid_request_error
+    ContextLengthExceeded     400  invalid_request_error
+  NotFound                    404  invalid_request_error
+    ModelNotFound             404  invalid_request_error
+  MethodNotAllowed            405  invalid_request_error
+  BodyTooLarge                413  invalid_request_error
+  TooManyRequests             429  rate_limit_error
+  InternalError               500  server_error
+  Unavailable                 503  server_error
+
+`to_api_error` is the one place where any exception becomes one of these.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import msgspec
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from farthing.server.engine import EngineError, QueueFull
+from farthing.server.protocol import ErrorBody, ErrorDetail
+from farthing.server.template import ChatTemplateError
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An error as the client sees it. `param` names the field at fault."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.code
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """The error as OpenAI writes it."""
+        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+        return msgspec.json.encode(ErrorBody(detail))
+
+    def response(self) -> Response:
+        """The error as the answer to a request."""
+        return Response(self.body(), self.status, self.headers, "application/json")
+
+
+class InvalidRequest(ApiError):
+    """The request cannot be understood, or asks for what cannot be had."""
+
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFound(ApiError):
+    """There is nothing at this path."""
+
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model of this name is served."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(ApiError):
+    """The path is right and the method is not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(ApiError):
+    """The body is longer than the server takes. The connection cannot be used again."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class TooManyRequests(ApiError):
+    """The queue is full; `Retry-After` says when to come again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class InternalError(ApiError):
+    """The fault is ours."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+
+class Unavailable(ApiError):
+    """No engine can work on a request now; `Retry-After` says when to come again."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_unavailable"
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Say of any exception what the client may know. The unexpected is logged with its trace."""
+    match error:
+        case ApiError():
+            return error
+        case EngineError():
+            kind = TooManyRequests if isinstance(error, QueueFull) else Unavailable
+            return kind(str(error), headers=retry_after(error.retry_after_s))
+        case ValidationError():
+            return _from_validation(error)
+        case ChatTemplateError():
+            return InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            )
+        case HTTPException():
+            return _from_http(error)
+        case _:
+            log.error("request failed unexpectedly", exc_info=error)
+            return InternalError("The server failed to answer this request; its log says why.")
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """The header, in whole seconds and at least one."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+def _from_http(error: HTTPException) -> ApiError:
+    """What the router raises."""
+    kind = {404: NotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
+    return kind(error.detail, headers=error.headers)
+
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "unsupported": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+def _from_validation(error: ValidationError) -> InvalidRequest:
+    """The first thing that is wrong, and how many more there are."""
+    first, *others = error.errors(include_url=False, include_input=False)
+    param = first.get("ctx", {}).get("param") or _path(first["loc"])
+    message = f"{param}: {first['msg']}" if param else first["msg"]
+    if others:
+        message += f" (and {len(others)} more)"
+    code = _CODES.get(first["type"]) or ("invalid_type" if "type" in first["type"] else None)
+    return InvalidRequest(message, param=param, code=code)
+
+
+def _path(location: tuple[int | str, ...]) -> str | None:
+    """messages[0].content, from pydantic's location; its <tags> name no field."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("<"):
+            path += f".{step}" if path else step
+    return path or None

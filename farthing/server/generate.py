@@ -1,0 +1,185 @@
+"""One API request's sequences, followed from submission to their ends and their bill."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from farthing.batching.types import FinishReason, Request, TokenEvent
+from farthing.cost.meter import Cost
+from farthing.cost.price import NANO
+from farthing.server.answer import Answer, Piece
+from farthing.server.engine import EventStream
+from farthing.server.errors import InternalError, Unavailable
+from farthing.server.protocol import CostDetails, GenerationRequest, PromptTokensDetails, Usage
+from farthing.server.services import Services
+
+
+class Generation:
+    """The answers to one API request while they are generated.
+
+    Each sequence is followed by a task of its own, however slowly the client reads: a stop string
+    frees the engine at once, and what waits to be read is bounded by `max_tokens`.
+    """
+
+    def __init__(
+        self, body: GenerationRequest, requests: Sequence[Request], services: Services
+    ) -> None:
+        """Submit all sequences or none. Raises what `Engine.submit` raises."""
+        self._services = services
+        self._requests = requests
+        self._choices_per_prompt = body.n or 1
+        self._costs: dict[int, Cost] = {}
+        self._arrived: list[Piece] = []
+        self._failure: Exception | None = None
+        self._wake = asyncio.Event()
+        self.cancelled = False
+        self._streams = _submit_all(requests, services)
+        self._answers = [
+            Answer(
+                index,
+                services.text.detokeniser(),
+                body.stops,
+                min_tokens=request.params.min_tokens,
+                keep_tokens=request.params.logprobs is not None,
+            )
+            for index, request in enumerate(requests)
+        ]
+        self._open = len(requests)
+        self._tasks = [
+            asyncio.create_task(self._follow(*parts))
+            for parts in zip(requests, self._streams, self._answers, strict=True)
+        ]
+
+    @property
+    def size(self) -> int:
+        """How many answers there will be."""
+        return len(self._requests)
+
+    async def next_pieces(self) -> list[Piece]:
+        """Everything that has arrived, at least one piece; nothing once all answers have ended.
+
+        Raises an ApiError, after all that came before it, where the engine failed.
+        """
+        while not self._arrived and self._open and not self._failure:
+            self._wake.clear()
+            await self._wake.wait()
+        pieces, self._arrived = self._arrived, []
+        if not pieces and self._failure:
+            raise self._failure
+        return pieces
+
+    def cancel(self) -> None:
+        """End whatever still runs, at once. Idempotent."""
+        self.cancelled = True
+        for stream in self._streams:
+            stream.cancel()
+
+    def usage(self) -> Usage:
+        """Tokens and cost of all sequences; whole once the last answer has ended.
+
+        A prompt counts once, however many answers it gets. Its cached tokens are those that its
+        least fortunate sequence found.
+        """
+        prompts = self._requests[:: self._choices_per_prompt]
+        prompt_tokens = sum(len(request.prompt) for request in prompts)
+        completion_tokens = sum(answer.token_count for answer in self._answers)
+        costs = [self._costs[index] for index in sorted(self._costs)]
+        cached_tokens = sum(
+            min(cost.cached_tokens for cost in costs[first : first + self._choices_per_prompt])
+            for first in range(0, len(costs), self._choices_per_prompt)
+        )
+        prompt = sum(cost.prompt for cost in costs)
+        cached = sum(cost.cached for cost in costs)
+        completion = sum(cost.completion for cost in costs)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens),
+            prompt_cache_hit_tokens=cached_tokens,
+            prompt_cache_miss_tokens=prompt_tokens - cached_tokens,
+            cost=(prompt + cached + completion) / NANO,
+            cost_details=CostDetails(
+                currency=self._services.meter.price.currency,
+                prompt=prompt / NANO,
+                cached=cached / NANO,
+                completion=completion / NANO,
+            ),
+        )
+
+    async def _follow(self, request: Request, stream: EventStream, answer: Answer) -> None:
+        self._services.metrics.request_started()
+        try:
+            await self._read(request, stream, answer)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            stream.cancel()
+            self._settle(request, answer)
+            self._open -= 1
+            self._wake.set()
+
+    async def _read(self, request: Request, stream: EventStream, answer: Answer) -> None:
+        """Turn events into pieces until the answer ends or the engine gives no more."""
+        last = request.arrival
+        async for event in stream:
+            if event.finish_reason in ("error", "abort"):
+                break
+            if event.token is not None:
+                last = self._measure(last, first=answer.token_count == 0)
+            piece = answer.push(event)
+            if piece:
+                self._arrived.append(piece)
+                self._wake.set()
+            if answer.finish_reason:
+                return
+        else:
+            event = TokenEvent(request_id=request.request_id, finish_reason="abort")
+        if not self.cancelled:
+            raise _engine_failure(event)
+
+    def _measure(self, last: float, *, first: bool) -> float:
+        """Count the time since the last token, or since the request came; return the time."""
+        now = time.monotonic()
+        if first:
+            self._services.metrics.first_token(now - last)
+        else:
+            self._services.metrics.inter_token(now - last)
+        return now
+
+    def _fail(self, error: Exception) -> None:
+        """One answer that cannot be given spoils the request: end the others too."""
+        self._failure = self._failure or error
+        self.cancel()
+
+    def _settle(self, request: Request, answer: Answer) -> None:
+        cost = self._services.meter.settle(request.request_id)
+        self._costs[answer.index] = cost
+        failed: FinishReason = "error" if self._failure else "abort"
+        self._services.metrics.request_finished(
+            answer.finish_reason or failed,
+            len(request.prompt),
+            answer.token_count,
+            cost.cached_tokens,
+            time.monotonic() - request.arrival,
+        )
+
+
+def _submit_all(requests: Sequence[Request], services: Services) -> list[EventStream]:
+    streams: list[EventStream] = []
+    try:
+        for request in requests:
+            streams.append(services.engine.submit(request))  # noqa: PERF401 (cancelled below)
+    except Exception:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams
+
+
+def _engine_failure(event: TokenEvent) -> Exception:
+    if event.finish_reason == "error":
+        return InternalError(f"The engine failed: {event.error or 'it gave no reason'}")
+    return Unavailable("The engine ended the request before its answer was whole.")

@@ -1,0 +1,44 @@
+"""What the handlers are given to work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from farthing.cost.meter import Meter
+from farthing.server.engine import Engine
+from farthing.server.metrics import Metrics
+from farthing.server.text import TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """One server's parts and names. `created` is a Unix time in seconds."""
+
+    engine: Engine
+    text: TextModel
+    meter: Meter
+    metrics: Metrics
+    model: str
+    version: str
+    created: int
+    aliases: tuple[str, ...] = ()  # other names for the same model
+    body_limit: int = 16 * 1024 * 1024  # bytes
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every name that a request may give as its model."""
+        return (self.model, *self.aliases)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same seed may draw otherwise: another version or precision."""
+        info = self.engine.info
+        return f"farthing-{self.version}-{info.precision if info else 'starting'}"
+
+
+def services_of(request: Request) -> Services:
+    """The services of the application that got this request."""
+    services: Services = request.app.state.services
+    return services

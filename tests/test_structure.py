@@ -1,0 +1,44 @@
+"""The rooms import one way, as docs/structure.md says."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import farthing
+
+ROOT = Path(farthing.__file__).parent
+MAY_IMPORT = {
+    "server": {"batching.types", "cost", "server"},
+    "batching": {"batching", "models", "quant"},
+    "models": {"models", "quant"},
+    "quant": {"quant"},
+    "cost": {"cost"},
+    "bench": {"bench"},
+}
+# These two wire the rooms together.
+WIRING = {ROOT / "server" / "cli.py", ROOT / "batching" / "process.py"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms that a module imports from, as `room` or `room.module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("farthing."):
+                yield name.removeprefix("farthing.")
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_point_one_way(room: str) -> None:
+    modules = [path for path in (ROOT / room).rglob("*.py") if path not in WIRING]
+    assert modules
+    for path in modules:
+        for name in imports(path):
+            allowed = name in MAY_IMPORT[room] or name.partition(".")[0] in MAY_IMPORT[room]
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}"
