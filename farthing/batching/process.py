@@ -7,7 +7,6 @@ otherwise may be started again.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import msgspec
 import torch
 import zmq
 
+from farthing import logs
 from farthing.batching.blocks import PagePool
 from farthing.batching.engine import Engine
 from farthing.batching.memory import DEVICE_SHARE, HOST_SHARE, CacheTooSmall, plan_pages
@@ -36,8 +36,6 @@ from farthing.models.interface import KVCache, Model
 from farthing.models.load import load_model
 from farthing.models.memory import free_memory
 from farthing.quant.errors import ModelError
-
-log = logging.getLogger("farthing.engine")
 
 CPU_BATCHED_TOKENS = 256  # a chunk lasts about as long as a few decode steps
 CUDA_BATCHED_TOKENS = 2048
@@ -152,9 +150,7 @@ def _ready(
 def main() -> int:
     """Run an engine until it is told to stop; returns the exit code."""
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSettings)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_level)
     # The terminal's Ctrl-C reaches the whole process group; the front end decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = ZmqChannel(settings.inbox, settings.outbox)

@@ -18,6 +18,7 @@ from farthing.quant.linear import (
     Precision,
     bitsandbytes_config,
     check_quantisable,
+    keep_cpu_layout,
     stored_precision,
     weight_bytes,
 )
@@ -57,6 +58,8 @@ def load_model(
         check_quantisable(tensors, held)
     _check_memory(weight_bytes(tensors, asked, dtype), free, held, device)
     module = _load_module(folder, config, device, dtype, quantisation)
+    if device.type == "cpu":
+        keep_cpu_layout(module)
     return HFModel(module, _DTYPE_NAMES[dtype] if held == "none" else held)
 
 
@@ -113,6 +116,7 @@ def _load_module(
             attn_implementation=ATTENTION,
             quantization_config=quantisation,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:

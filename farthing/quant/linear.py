@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import bitsandbytes
 import torch
 from transformers import BitsAndBytesConfig
 
@@ -63,6 +64,19 @@ def check_quantisable(tensors: list[StoredTensor], precision: str) -> None:
             f"experts, {experts / total:.0%} of this model's weights, in 16 bits. "
             "Use --quantization none with 16-bit weights, or a dense model"
         )
+
+
+def keep_cpu_layout(module: torch.nn.Module) -> None:
+    """Let 4-bit layers on a CPU compute where bitsandbytes' packed layout does not fit them.
+
+    On CPUs with AVX512-BF16 it repacks each weight on first use, and fails on those whose rows
+    are not whole blocks or not a multiple of 32; these then take its general path.
+    """
+    for layer in module.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            block = layer.weight.quant_state.blocksize
+            if layer.in_features % block or layer.out_features % 32:
+                layer.support_avx512bf16_for_cpu = False
 
 
 def weight_bytes(tensors: list[StoredTensor], precision: str, dtype: torch.dtype) -> int:

@@ -128,7 +128,7 @@ rows = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=6))
 def test_draws_as_the_reference_does(batch: list[tuple[list[float], Draw]]) -> None:
     expected = [reference(logits, one) for logits, one in batch]
@@ -263,10 +263,10 @@ def test_a_nucleus_past_the_first_candidates_is_found(device: str) -> None:
     vocab = 6000
     logits = [0.0] * (vocab - 1) + [-20.0]
     logits[:5000] = [1.0 + i / 5000 for i in range(5000)]
-    chosen = at_positions(logits, range(3000), device, top_k=4500)
+    chosen = at_positions(logits, range(300), device, top_k=4500)
     assert min(chosen) >= 500
-    assert len(set(chosen)) > 1500
-    assert max(at_positions(logits, range(500), device, top_p=0.99)) > 5000
+    assert len(set(chosen)) > 250
+    assert max(at_positions(logits, range(100), device, top_p=0.99)) > 5000
 
 
 def test_tokens_tied_with_the_last_kept_are_kept() -> None:

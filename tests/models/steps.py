@@ -8,6 +8,8 @@ import torch
 
 from farthing.models.interface import KVCache, Model, StepInput
 
+DEVICES = ["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"]
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -20,11 +22,12 @@ class Sequence:
 class Packer:
     """Gives out pages in a random order and packs steps; every logit row is wanted."""
 
-    def __init__(self, num_pages: int = 96, page_size: int = 4, seed: int = 0) -> None:
-        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, num_pages: int = 96, page_size: int = 4, device: str = "cpu") -> None:
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
         self._free: list[int] = order.tolist()
         self.num_pages = num_pages
         self.page_size = page_size
+        self._device = torch.device(device)
 
     def step(self, chunks: list[tuple[Sequence, list[int]]]) -> StepInput:
         tokens: list[int] = []
@@ -44,26 +47,26 @@ class Packer:
         longest = max(len(sequence.pages) for sequence, _ in chunks)
         tables = [seq.pages + [0] * (longest - len(seq.pages)) for seq, _ in chunks]
         contexts = [sequence.length for sequence, _ in chunks]
-        return StepInput(
-            tokens=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor(contexts, dtype=torch.int32),
-            logits_rows=torch.arange(len(tokens)),
-            max_query=max(len(chunk) for _, chunk in chunks),
-            max_context=max(contexts),
-        )
+        with self._device:
+            return StepInput(
+                tokens=torch.tensor(tokens),
+                positions=torch.tensor(positions),
+                slots=torch.tensor(slots),
+                block_tables=torch.tensor(tables, dtype=torch.int32),
+                query_starts=torch.tensor(starts, dtype=torch.int32),
+                context_lens=torch.tensor(contexts, dtype=torch.int32),
+                logits_rows=torch.arange(len(tokens)),
+                max_query=max(len(chunk) for _, chunk in chunks),
+                max_context=max(contexts),
+            )
 
 
 class Session:
     """A model with a cache of its own."""
 
-    def __init__(self, model: Model, **packing: int) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
-        self._packer = Packer(**packing)
-        packer = self._packer
+        self._packer = packer = Packer(device=str(model.device))
         self._kv = KVCache.allocate(model.spec, packer.num_pages, packer.page_size, model.device)
 
     def run(self, chunks: list[tuple[Sequence, list[int]]]) -> list[torch.Tensor]:

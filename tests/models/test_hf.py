@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from farthing.models.hf import ARCHITECTURES, ATTENTION, HFModel, check_architecture
 from farthing.quant.errors import ModelError
 from tests.checkpoints import KINDS, Kind, tiny_checkpoint
-from tests.models.steps import Sequence, Session
+from tests.models.steps import DEVICES, Sequence, Session
 
 VOCABULARY = 266
 
@@ -19,17 +19,22 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> HFModel:
+def plain(folder: Path, device: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, device: str) -> HFModel:
     module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=ATTENTION
     )
-    return HFModel(module, "fp32")
+    return HFModel(module.to(device), "fp32")
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:
@@ -39,7 +44,7 @@ def prompts(lengths: list[int]) -> list[list[int]]:
 
 def expected_logits(plain: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return plain(input_ids=torch.tensor([tokens])).logits[0]
+        return plain(input_ids=torch.tensor([tokens], device=plain.device)).logits[0]
 
 
 every_kind = pytest.mark.parametrize("folder", KINDS, indirect=True, scope="module")
@@ -74,8 +79,8 @@ def test_batched_greedy_tokens_equal_generate(model: HFModel, plain: PreTrainedM
     texts = prompts([17, 3, 8])
     wanted = [
         plain.generate(
-            torch.tensor([text]),
-            attention_mask=torch.ones(1, len(text)),
+            torch.tensor([text], device=plain.device),
+            attention_mask=torch.ones(1, len(text), device=plain.device),
             max_new_tokens=12,
             min_new_tokens=12,
             do_sample=False,
