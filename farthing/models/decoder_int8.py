@@ -1,0 +1,160 @@
+"""A decoder's layers in 8 bits on a CPU: packed weights and one compiled call a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from farthing.models.decoder_weights import GATE_UP, QKV, Checkpoint, DecoderConfig
+from farthing.models.interface import KVCache, StepInput
+from farthing.quant.errors import ModelError
+from farthing.quant.kernels import cpu
+from farthing.quant.kernels.int8 import interleave, pack_panels
+from farthing.quant.kernels.simd import GROUP, PANEL
+from farthing.quant.kernels.team import TEAM
+
+
+class Int8Layers:
+    """The layers with int8 weights, int8 activations and bfloat16 pages."""
+
+    kv_dtype = torch.bfloat16
+
+    def __init__(self, config: DecoderConfig, checkpoint: Checkpoint) -> None:
+        """Raises ModelError where a size is not a multiple of GROUP."""
+        for name in ("hidden_size", "intermediate_size", "head_dim"):
+            if (size := getattr(config, name)) % GROUP:
+                raise ModelError(
+                    f"int8 on a CPU needs a {name} that {GROUP} divides, and it is {size}. "
+                    "Use --quantization none"
+                )
+        self._config = config
+        self._kept: list[torch.Tensor] = []  # what the tables' addresses point to
+        self._layers = np.zeros(config.num_layers, cpu.LAYER)
+        self._linears = np.zeros((config.num_layers, 4), cpu.LINEAR)
+        for index in range(config.num_layers):
+            self._add_layer(index, checkpoint)
+        self._head_layer = np.zeros(1, cpu.LAYER)
+        self._head_layer["attention_norm"] = self._norm(checkpoint, "model.norm.weight")
+        self._head_linear = np.zeros(1, cpu.LINEAR)
+        self._head_linear[0] = self._pack(*checkpoint.rows(checkpoint.head_name), None)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cosines: torch.Tensor,
+        sines: torch.Tensor,
+        step: StepInput,
+        kv: KVCache,
+    ) -> torch.Tensor:
+        """Run the layers; see `models.decoder.Layers`."""
+        hidden = hidden.float()
+        self._layers["keys"] = [pages.data_ptr() for pages in kv.keys]
+        self._layers["values"] = [pages.data_ptr() for pages in kv.values]
+        rows = len(hidden)
+        queries = step.query_starts.diff()
+        sequences = torch.arange(len(queries)).repeat_interleave(queries, output_size=rows)
+        tensors = {
+            "hidden": hidden,
+            "cosines": cosines,
+            "sines": sines,
+            "slots": step.slots,
+            "positions": step.positions,
+            "sequences": sequences,
+            "tables": step.block_tables,
+        }
+        record, _kept = self._step(rows, step.max_context)
+        for name, tensor in tensors.items():
+            record[name] = tensor.contiguous().data_ptr()
+        record["layers"], record["linears"] = self._layers.ctypes.data, self._linears.ctypes.data
+        record["num_slots"] = len(kv.keys[0]) * kv.page_size
+        record["page_size"] = kv.page_size
+        record["num_sequences"], record["table_width"] = step.block_tables.shape
+        TEAM.run(cpu.LAYERS.address, record.ctypes.data)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm and the head; see `models.decoder.Layers`."""
+        logits = torch.empty(len(hidden), self._config.vocab_size)
+        record, _kept = self._step(len(hidden), 0)
+        record["hidden"], record["logits"] = hidden.data_ptr(), logits.data_ptr()
+        record["layers"] = self._head_layer.ctypes.data
+        record["linears"] = self._head_linear.ctypes.data
+        TEAM.run(cpu.HEAD.address, record.ctypes.data)
+        return logits
+
+    def _step(self, rows: int, max_context: int) -> tuple[np.ndarray[Any, Any], list[torch.Tensor]]:
+        """A STEP with the model's shape and fresh workspaces, and the tensors those are in."""
+        config, threads = self._config, TEAM.threads
+        group = config.heads // config.kv_heads
+        scratch = max(
+            config.hidden_size,
+            2 * cpu.MAX_ROWS * PANEL,
+            group * (config.head_dim + max_context),
+        )
+        attended = config.heads * config.head_dim
+        widest = max(config.hidden_size, attended)
+        gated = config.intermediate_size
+        workspaces = {
+            "projected": torch.empty(rows, attended + 2 * config.kv_heads * config.head_dim),
+            "codes": torch.empty(rows, widest, dtype=torch.int8),
+            "scales": torch.empty(rows, widest // GROUP),
+            "offsets": torch.empty(rows, widest // GROUP, dtype=torch.int32),
+            "gated_codes": torch.empty(rows, gated, dtype=torch.int8),
+            "gated_scales": torch.empty(rows, gated // GROUP),
+            "gated_offsets": torch.empty(rows, gated // GROUP, dtype=torch.int32),
+            "scratch": torch.empty(threads, scratch),
+        }
+        record = np.zeros((), cpu.STEP)
+        for name, tensor in workspaces.items():
+            record[name] = tensor.data_ptr()
+        sizes = ("num_layers", "hidden_size", "heads", "kv_heads", "head_dim", "intermediate_size")
+        for name in sizes:
+            record[name] = getattr(config, name)
+        record["rows"], record["threads"], record["scratch_size"] = rows, threads, scratch
+        record["epsilon"], record["attention_scale"] = config.epsilon, config.head_dim**-0.5
+        return record, list(workspaces.values())
+
+    def _add_layer(self, index: int, checkpoint: Checkpoint) -> None:
+        layer = f"model.layers.{index}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        norms = self._layers[index]
+        norms["attention_norm"] = self._norm(checkpoint, f"{layer}.input_layernorm.weight")
+        norms["mlp_norm"] = self._norm(checkpoint, f"{layer}.post_attention_layernorm.weight")
+        norms["query_norm"] = self._norm(checkpoint, f"{attention}.q_norm.weight")
+        norms["key_norm"] = self._norm(checkpoint, f"{attention}.k_norm.weight")
+        linears = self._linears[index]
+        qkv = [f"{attention}.{name}" for name in QKV]
+        parts = zip(*(checkpoint.rows(name) for name in qkv), strict=True)
+        codes, scales = (torch.cat(rows) for rows in parts)
+        linears[cpu.QKV] = self._pack(codes, scales, checkpoint.bias(qkv))
+        out, down = f"{attention}.o_proj", f"{mlp}.down_proj"
+        linears[cpu.OUT] = self._pack(*checkpoint.rows(out), checkpoint.bias([out]))
+        linears[cpu.DOWN] = self._pack(*checkpoint.rows(down), checkpoint.bias([down]))
+        if checkpoint.bias([f"{mlp}.{name}" for name in GATE_UP]) is not None:
+            raise ModelError("int8 on a CPU has no bias in an MLP's gate. Use --quantization none")
+        gate, up = (checkpoint.rows(f"{mlp}.{name}") for name in GATE_UP)
+        codes, scales = (interleave(*parts) for parts in zip(gate, up, strict=True))
+        linears[cpu.GATE_UP] = self._pack(codes, scales, None)
+
+    def _pack(
+        self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[int, int, int, int, int]:
+        """A LINEAR's fields, its tensors kept."""
+        outputs, inputs = codes.shape
+        weight = self._keep(pack_panels(codes))
+        bias_address = 0 if bias is None else self._keep(bias.float())
+        return weight, self._keep(scales.float()), bias_address, inputs, outputs
+
+    def _norm(self, checkpoint: Checkpoint, name: str) -> int:
+        weight = checkpoint.optional(name)
+        return 0 if weight is None else self._keep(weight.float())
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
