@@ -236,7 +236,7 @@ def nf4_linear(
     """x W^T + bias for x [..., K], as [..., N] in x's type.
 
     On a GPU x and bias are bfloat16; up to 256 rows W is read as it is, and a row's result depends
-    on neither the rows beside it nor their number. Sums are in fp32, in an order fixed by W's shape.
+    on neither the rows beside it nor their number. Sums are in fp32, in an order W's shape fixes.
     Calls share a workspace, so they must follow one another in one stream at a time.
 
     Raises:
