@@ -43,14 +43,23 @@ ARCHITECTURES = frozenset(
 _UNSTEADY_ROPE = frozenset({"dynamic", "longrope"})
 
 
+Implementation = Literal["auto", "lean", "transformers"]
+
+
 def load_model(
-    folder: Path, precision: Precision, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path,
+    precision: Precision,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    implementation: Implementation = "auto",
 ) -> Model:
     """Load a model folder's weights onto the device.
 
-    "auto" keeps what a prequantised checkpoint holds; of a plain one it takes 16 bits where they
-    fit the device, then int8, then nf4. dtype is what is not quantised is held and computed in:
-    by default the checkpoint's on an accelerator and bfloat16 on a CPU or where it is float32.
+    "auto" keeps what a prequantised checkpoint holds. Of a plain one, on a CPU, it takes int8
+    where our own decoder computes it, since that is the fastest there (`bench/cpu_precision.py`);
+    elsewhere 16 bits where they fit the device, then int8, then nf4. dtype is what is not quantised
+    is held and computed in: by default the checkpoint's on an accelerator and bfloat16 on a CPU or
+    where it is float32.
 
     Raises ModelError where the architecture, the weights' format or the memory does not allow it.
     """
@@ -65,6 +74,9 @@ def load_model(
             "Use --quantization auto, or the model's 16-bit weights"
         )
     free = free_memory(device)
+    if precision == "auto" and stored is None and device.type == "cpu" and dtype != torch.float32:
+        if implementation != "transformers" and decoder.obstacle(settings, "int8", device) is None:
+            precision = "int8"
     quantised_to = "none" if stored else _fitting(precision, tensors, dtype, free)
     held = stored or quantised_to
     if held != "none":
