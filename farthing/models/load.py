@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from farthing.models.decoder import Decoder
+from farthing.models.decoder_weights import DecoderConfig
 from farthing.models.interface import Model
 from farthing.models.memory import free_memory
+from farthing.models.rope import inverse_frequencies
 from farthing.quant.errors import ModelError
 from farthing.quant.headers import StoredTensor, read_headers
 from farthing.quant.precision import (
@@ -66,7 +69,6 @@ def load_model(
     settings = _read_config(folder)
     check_architecture(settings)
     tensors = read_headers(folder)
-    dtype = dtype or _default_dtype(settings, device)
     stored = stored_precision(settings.get("quantization_config"))
     if stored is not None and precision not in ("auto", stored):
         raise ModelError(
@@ -74,18 +76,49 @@ def load_model(
             "Use --quantization auto, or the model's 16-bit weights"
         )
     free = free_memory(device)
-    if precision == "auto" and stored is None and device.type == "cpu" and dtype != torch.float32:
-        if implementation != "transformers" and decoder.obstacle(settings, "int8", device) is None:
+    quantised_to: Precision = "none"
+    if stored is None:
+        exact = dtype == torch.float32
+        fast_int8 = not exact and implementation != "transformers" and device.type == "cpu"
+        if precision == "auto" and fast_int8 and _lean_obstacle(settings, "int8", device) is None:
             precision = "int8"
-    quantised_to = "none" if stored else _fitting(precision, tensors, dtype, free)
+        quantised_to = _fitting(precision, tensors, dtype or torch.bfloat16, free)
     held = stored or quantised_to
     if held != "none":
         check_quantisable(tensors, held)
+    dtype = dtype or _default_dtype(settings, device)
     _check_memory(weight_bytes(tensors, quantised_to, dtype), free, held, device)
+
+    obstacle = _lean_obstacle(settings, held, device)
+    if implementation == "lean" and obstacle is not None:
+        raise ModelError(f"--model-impl lean: {obstacle}. Use --model-impl auto")
+    if implementation != "transformers" and obstacle is None:
+        return _load_lean(folder, held, device, dtype)
     from farthing.models.hf import load_hf_model
 
     name = _DTYPE_NAMES[dtype] if held == "none" else held
     return load_hf_model(folder, name, quantised_to != "none", device, dtype)
+
+
+def _lean_obstacle(settings: dict[str, Any], held: str, device: torch.device) -> str | None:
+    """Why our own decoder does not compute this model in this precision; None where it does."""
+    if held not in ("none", "int8") or (held == "int8" and device.type != "cpu"):
+        return f"{held} weights on {device.type} go through bitsandbytes"
+    try:
+        config = DecoderConfig.from_json(settings)
+        inverse_frequencies(config.rope, config.head_dim)
+        if held == "int8":
+            config.check_int8()
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _load_lean(folder: Path, held: str, device: torch.device, dtype: torch.dtype) -> Model:
+    if held == "int8":
+        # Embeddings and norms are a small part, and float32 keeps what the checkpoint has.
+        return Decoder.from_folder(folder, "int8", device, torch.float32)
+    return Decoder.from_folder(folder, "none", device, dtype)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

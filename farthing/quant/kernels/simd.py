@@ -167,7 +167,7 @@ def make_tile(rows: int, vnni: bool) -> Callable[..., None]:
 
         return signature, generate
 
-    return tile  # type: ignore[no-any-return]
+    return tile
 
 
 @intrinsic
