@@ -35,6 +35,8 @@ class StepLike(Protocol):
     """One step's durations and shares, as `farthing.batching.types.StepStats` has them."""
 
     @property
+    def at(self) -> float: ...
+    @property
     def device_s(self) -> float: ...
     @property
     def overhead_s(self) -> float: ...
@@ -118,6 +120,7 @@ class Meter:
             str, int
         ] = {}  # request id -> step at which it was settled, oldest first
         self._steps = 0
+        self._told_until = started
         self._booked_ns = 0
         self._charged = 0
         self._prompt = 0
@@ -133,6 +136,7 @@ class Meter:
         overhead.
         """
         self._steps += 1
+        self._told_until = stats.at
         self._forget_settled()
         self._overhead += self._charge(_nanoseconds(stats.overhead_s))
         self._idle += self._charge(_nanoseconds(stats.idle_s))
@@ -145,12 +149,14 @@ class Meter:
         for share, prompt, completion in zip(stats.shares, parts[::2], parts[1::2], strict=True):
             self._book(share, prompt, completion)
 
-    def downtime(self, seconds: float) -> None:
+    def downtime(self, seconds: float, until: float) -> None:
         """Book time in which no engine reported (a start, a restart) to overhead.
 
+        `until` is the monotonic time at its end.
         After a death that is the time from the dead engine's last message to the next one's
         `EngineReady`: the step that was lost is in it.
         """
+        self._told_until = until
         self._overhead += self._charge(_nanoseconds(seconds))
 
     def settle(self, request_id: str) -> Cost:
@@ -180,15 +186,15 @@ class Meter:
             idle=self._idle,
         )
 
-    def balance(self, now: float) -> float:
+    @property
+    def balance(self) -> float:
         """(requests + idle + overhead) / (wall time × price); 1 when the bill adds up.
 
         The numerator is what was booked from the engine's own measured durations, the denominator
-        the clock here, so lost or doubled time shows. `now` is `time.monotonic()` when the last
-        message was recorded: later, the step in flight is missing. At price 0 the same times are
-        compared without the price.
+        the clock at the end of what was booked last, so lost or doubled time shows. At price 0 the
+        same times are compared without the price.
         """
-        wall_ns = _nanoseconds(now - self.started)
+        wall_ns = _nanoseconds(self._told_until - self.started)
         booked, due = self.totals.total, self.price.nano(wall_ns)
         if self.price.nano_per_second == 0:
             booked, due = self._booked_ns, wall_ns

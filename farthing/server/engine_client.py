@@ -128,13 +128,14 @@ class Observers:
     """Who is told what; each is called on the event loop and must not block.
 
     `step` is called before the step's events are delivered, so that a request's account is
-    complete when its end is seen. `downtime` gets the seconds in which there was no engine.
+    complete when its end is seen. `downtime` gets the seconds in which
+    there was no engine, and the monotonic time at their end.
     """
 
     step: Callable[[StepStats], None]
     ready: Callable[[EngineReady], None]
     down: Callable[[], None]
-    downtime: Callable[[float], None]
+    downtime: Callable[[float, float], None]
     restarted: Callable[[], None]
 
 
@@ -250,11 +251,6 @@ class EngineClient:
     def healthy(self) -> bool:
         """False while the engine is stalled, or when it could not be started again and again."""
         return not self._stalled(time.monotonic()) and self._failed_starts < MAX_FAILED_STARTS
-
-    @property
-    def booked_until(self) -> float:
-        """The monotonic time up to which the observers have been told of every second."""
-        return self._booked_until
 
     @property
     def pid(self) -> int | None:
@@ -411,8 +407,9 @@ class EngineClient:
                 self._life.kill()
 
     def _book_downtime(self, until: float) -> None:
-        self._observers.downtime(max(until - self._booked_until, 0.0))
-        self._booked_until = max(until, self._booked_until)
+        seconds = max(until - self._booked_until, 0.0)
+        self._booked_until += seconds
+        self._observers.downtime(seconds, self._booked_until)
 
     def _stalled(self, now: float) -> bool:
         return self._up and bool(self._streams) and now - self._last_message > self._deadline_s

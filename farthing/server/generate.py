@@ -194,4 +194,5 @@ def _submit_all(requests: Sequence[Request], services: Services) -> list[EventSt
 def _engine_failure(event: TokenEvent) -> Exception:
     if event.finish_reason == "error":
         return InternalError(f"The engine failed: {event.error or 'it gave no reason'}")
-    return Unavailable("The engine ended the request before its answer was whole.")
+    reason = event.error or "the engine ended the request"
+    return Unavailable(f"The answer is not whole: {reason}.")

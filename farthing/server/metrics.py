@@ -35,10 +35,7 @@ STEP_TOKEN_BUCKETS = tuple(2**power for power in range(15))
 
 
 class Metrics:
-    """One server's metrics, on a registry of their own.
-
-    Tell it of each step after the meter: the balance is taken as of the last message.
-    """
+    """One server's metrics, on a registry of their own."""
 
     def __init__(self, model_name: str, meter: Meter) -> None:
         self._registry = CollectorRegistry()
@@ -110,13 +107,11 @@ class Metrics:
             "iteration_tokens", "Tokens computed in a step.", STEP_TOKEN_BUCKETS
         )
 
-        self._money = _Money(model_name, meter)
-        self._registry.register(self._money)
+        self._registry.register(_Money(model_name, meter))
 
     def record_step(self, stats: StepStats) -> None:
         """Take the engine's state and the step's work from its message."""
         self._last_step.set(time.time())
-        self._money.booked_until = time.monotonic()
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._batch_limit.set(stats.batch_limit)
@@ -136,11 +131,10 @@ class Metrics:
                 self._queue_time.observe(share.queued_s)
 
     def engine_ready(self, info: EngineReady) -> None:
-        """Show an engine that can take work, and its cache. Call after `Meter.downtime`."""
+        """Show an engine that can take work, and its cache."""
         self._up = True
         self._engine_up.set(1)
         self._last_step.set(time.time())
-        self._money.booked_until = time.monotonic()
         self._cache_config.clear()
         self._cache_config.labels(self._model_name, str(info.page_size), str(info.num_pages)).set(1)
 
@@ -224,7 +218,6 @@ class _Money(Collector):
     def __init__(self, model_name: str, meter: Meter) -> None:
         self._model_name = model_name
         self._meter = meter
-        self.booked_until = meter.started  # monotonic seconds
 
     def collect(self) -> Iterator[Metric]:
         totals = self._meter.totals
@@ -242,5 +235,5 @@ class _Money(Collector):
             "Requests, overhead and idle over wall time x price, at the engine's last message.",
             labels=["model_name"],
         )
-        balance.add_metric([self._model_name], self._meter.balance(self.booked_until))
+        balance.add_metric([self._model_name], self._meter.balance)
         yield balance

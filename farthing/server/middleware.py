@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,12 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farthing.server.errors import to_api_error
 
+log = logging.getLogger(__name__)
+
+LOGGED = "/v1/"  # probes and scrapes come every few seconds and say nothing
 REQUEST_ID = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestIds:
-    """Gives every answer the id its request came with, or a new one.
+    """Gives every answer the id its request came with, or a new one, and logs it at its end.
 
     It is also the last to see an exception, so that failures are answered with an id as well.
     """
@@ -29,12 +34,13 @@ class RequestIds:
             return
         sent = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = sent if _ACCEPTED_ID.fullmatch(sent) else uuid4().hex
-        started = False
+        status = 0
+        began = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
@@ -42,5 +48,10 @@ class RequestIds:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             response = to_api_error(error).response()
-            if not started:
+            if not status:
                 await response(scope, receive, send_with_id)
+        finally:
+            if scope["path"].startswith(LOGGED):
+                seconds = time.monotonic() - began
+                line = "%s %s %d in %.3f s, request %s"
+                log.info(line, scope["method"], scope["path"], status, seconds, request_id)

@@ -18,9 +18,15 @@ def share(request_id: str, prefill: int = 0, decode: int = 0, cached: int = 0) -
     return Share(request_id, prefill, decode, cached, context=0, queued_s=0.0)
 
 
-def step(device_s: float, *shares: Share, overhead_s: float = 0, idle_s: float = 0) -> StepStats:
+def step(
+    device_s: float,
+    *shares: Share,
+    overhead_s: float = 0,
+    idle_s: float = 0,
+    at: float = 0.0,
+) -> StepStats:
     return StepStats(
-        at=0.0, device_s=device_s, overhead_s=overhead_s, idle_s=idle_s, shares=list(shares)
+        at=at, device_s=device_s, overhead_s=overhead_s, idle_s=idle_s, shares=list(shares)
     )
 
 
@@ -71,7 +77,7 @@ def test_everything_booked_is_the_price_of_the_time_to_the_last_nano_unit(
             case StepStats():
                 meter.record(event)
             case Downtime(seconds):
-                meter.downtime(seconds)
+                meter.downtime(seconds, until=0.0)
             case Settle(request_id):
                 settled.append(meter.settle(request_id))
         spent_ns += nanoseconds(event)
@@ -156,7 +162,7 @@ def test_settled_requests_are_forgotten_in_time() -> None:
 def test_prompt_tokens_found_again_after_a_restart_are_the_same_tokens() -> None:
     meter = Meter(CNY_PER_HOUR, started=0.0)
     meter.record(step(1.0, share("a", prefill=10, cached=32)))
-    meter.downtime(4.0)
+    meter.downtime(4.0, until=0.0)
     meter.record(step(1.0, share("a", prefill=26, cached=16)))
     assert meter.settle("a").cached_tokens == 32
 
@@ -178,9 +184,12 @@ def test_a_clock_difference_below_zero_books_nothing() -> None:
 @pytest.mark.parametrize("price", [CNY_PER_HOUR, FREE])
 def test_balance_shows_time_lost_or_booked_twice(price: Price) -> None:
     meter = Meter(price, started=100.0)
-    assert meter.balance(100.0) == 1.0
-    meter.downtime(4.0)
-    meter.record(step(3.0, share("a", decode=1), overhead_s=1.0, idle_s=2.0))
-    assert meter.balance(110.0) == pytest.approx(1.0)
-    assert meter.balance(120.0) == pytest.approx(0.5)
-    assert meter.balance(105.0) == pytest.approx(2.0)
+    assert meter.balance == 1.0
+    meter.downtime(4.0, until=104.0)
+    assert meter.balance == pytest.approx(1.0)
+    meter.record(step(3.0, share("a", decode=1), overhead_s=1.0, idle_s=2.0, at=110.0))
+    assert meter.balance == pytest.approx(1.0)
+    meter.record(step(0.0, at=120.0))
+    assert meter.balance == pytest.approx(0.5)
+    meter.record(step(20.0, share("a", decode=1), at=115.0))
+    assert meter.balance == pytest.approx(2.0)

@@ -37,6 +37,7 @@ NAMES = {
     "cost_total",
     "cost_balance_ratio",
 }
+STARTED = 1000.0
 READY = EngineReady(
     model_type="llama",
     device="cpu",
@@ -48,10 +49,10 @@ READY = EngineReady(
     weight_bytes=0,
     kv_bytes=0,
     load_s=1.0,
-    at=0.0,
+    at=STARTED + 4.0,
 )
 STEP = StepStats(
-    at=0.0,
+    at=STARTED + 10.0,
     device_s=3.0,
     overhead_s=1.0,
     idle_s=2.0,
@@ -69,15 +70,15 @@ STEP = StepStats(
 
 
 class Server:
-    """A meter and its metrics, ten seconds old, read as Prometheus reads them."""
+    """A meter and its metrics, read as Prometheus reads them."""
 
     def __init__(self) -> None:
         price = Price.from_flags(price_per_hour=3600, currency="CNY")
-        self.meter = Meter(price, started=time.monotonic() - 10.0)
+        self.meter = Meter(price, started=STARTED)
         self.metrics = Metrics('smol "lm"\\2', self.meter)
 
     def ready(self) -> None:
-        self.meter.downtime(4.0)
+        self.meter.downtime(4.0, until=self.meter.started + 4.0)
         self.metrics.engine_ready(READY)
 
     def step(self, stats: StepStats = STEP) -> None:
@@ -172,9 +173,9 @@ def test_money_is_the_meters(busy: Server) -> None:
     assert samples[("cost_balance_ratio",)] == pytest.approx(1.0, rel=0.01)
 
 
-def test_balance_is_taken_at_the_last_message(server: Server) -> None:
+def test_a_balance_that_is_broken_shows(server: Server) -> None:
     assert server.samples()[("cost_balance_ratio",)] == 1
-    server.ready()
+    server.meter.downtime(4.0, until=STARTED + 10.0)
     assert server.samples()[("cost_balance_ratio",)] == pytest.approx(0.4, rel=0.01)
 
 
