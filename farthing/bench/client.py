@@ -297,7 +297,8 @@ async def _explain(record: Record, model: str, target: Target, http: httpx.Async
     if record.failure == "HTTP 401":
         return _WANTS_KEY.format(url=target.url)
     names = await _list_models(target, http)
-    hint = "" if model in names else f"; it serves {', '.join(names)}"
+    told = model in names or any(name in record.detail for name in names)
+    hint = "" if told else f"; it serves {', '.join(names)}"
     return (
         f"{target.url} does not answer for model {model!r}: {record.failure}: {record.detail}{hint}"
     )
