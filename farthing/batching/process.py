@@ -82,6 +82,7 @@ def build(settings: EngineSettings, channel: ZmqChannel) -> Engine:
         precision=settings.precision,
         device=device,
         dtype=dtype,
+        implementation=settings.model_impl,
     )
     budget_tokens = settings.max_num_batched_tokens or (
         CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS

@@ -21,8 +21,8 @@ import torch
 from farthing.batching.types import Logprob, SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a lower temperature leaves float32 nothing but the likeliest token
-_CANDIDATES = (256, 4096)  # tokens put in order at first, and where a nucleus reaches further
-_ONE = 2.0**40  # a probability of 1 as an integer: sums over any vocabulary fit int64
+_CANDIDATES = (128, 4096)  # tokens put in order at first, and where a nucleus reaches further
+_ONE = 2**40  # a probability of 1 as an integer: sums over any vocabulary fit int64
 _UNDEFINED = -1  # in place of a token: NaN or infinity among the logits, or every token barred
 _UNRESOLVED = -2  # in place of a token: the nucleus reaches past the candidates looked at
 _MASK64 = (1 << 64) - 1
@@ -199,7 +199,7 @@ def _draw(kind: _Kind, logits: torch.Tensor, draws: list[Draw], bound: int) -> t
     table = torch.tensor(columns, dtype=torch.float64).to(logits.device, non_blocking=True)
     temperature, min_p, top_p, top_k, u = table.unsqueeze(-1)  # each [R, 1]
 
-    probs = torch.softmax(logits / temperature.float(), dim=-1)
+    probs = torch.softmax(logits / temperature.float(), dim=-1).mul_(_ONE)
     unresolved = None
     if kind is not _Kind.PLAIN:
         floor = probs.amax(dim=-1, keepdim=True) * min_p.float()
@@ -207,7 +207,8 @@ def _draw(kind: _Kind, logits: torch.Tensor, draws: list[Draw], bound: int) -> t
             least, resolved = _nucleus(probs, top_k.long(), top_p, bound)
             floor = torch.maximum(floor, least)
             unresolved = ~resolved
-        probs = probs.mul_(probs >= floor)
+        # As floats in place: multiplying by a bool tensor would first make a copy of it.
+        probs.mul_(torch.ge(probs, floor, out=torch.empty_like(probs)))
     token = _inverse_cdf(probs, u)
     if unresolved is not None:
         token = token.masked_fill_(unresolved, _UNRESOLVED)
@@ -219,15 +220,16 @@ def _nucleus(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The least probability that top_k and then top_p keep, from the `bound` likeliest tokens.
 
-    Returns it as float32 [R, 1], and bool [R, 1]: whether the bound was wide enough to tell.
+    Probabilities are in units of 1 / _ONE. Returns that least one as float32 [R, 1], and bool
+    [R, 1]: whether the bound was wide enough to tell.
     """
     vocab_size = probs.shape[1]
     likeliest = probs.topk(bound, dim=-1).values
     limit = torch.where(top_k > 0, top_k, vocab_size)
     rank = torch.arange(bound, device=probs.device)
-    weights = _weights(likeliest).masked_fill_(rank >= limit, 0)
+    weights = likeliest.long().masked_fill_(rank >= limit, 0)
     cumulative = weights.cumsum(dim=-1)
-    mass = torch.where(limit <= bound, cumulative[:, -1:], int(_ONE))
+    mass = torch.where(limit <= bound, cumulative[:, -1:], _ONE)
     target = top_p * mass
     inside = (cumulative - weights < target) & (rank < limit)
     kept = inside.sum(dim=-1, keepdim=True).clamp_(min=1)
@@ -238,17 +240,12 @@ def _nucleus(
 def _inverse_cdf(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative probability, in vocabulary order, passes u: [R, 1].
 
-    `probs` need not sum to 1; `u` is float64 [R, 1] in [0, 1).
+    `probs` is in units of 1 / _ONE and need not sum to 1; `u` is float64 [R, 1] in [0, 1).
     """
-    cumulative = _weights(probs).cumsum(dim=-1)
+    cumulative = probs.long().cumsum_(dim=-1)
     total = cumulative[:, -1:]
     target = (u * total).long().minimum(total - 1)
     return torch.searchsorted(cumulative, target, right=True)
-
-
-def _weights(probs: torch.Tensor) -> torch.Tensor:
-    """Probabilities as integers, whose sums are exact in any order."""
-    return (probs * _ONE).long()
 
 
 def uniform(seed: int, position: int) -> float:

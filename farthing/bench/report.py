@@ -297,4 +297,4 @@ def _draw_timeline(axes: Axes, records: Sequence[Record]) -> None:
             linewidth=1,
             label="a request failed",
         )
-        axes.legend(loc="upper left", framealpha=0.9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)

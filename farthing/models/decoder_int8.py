@@ -22,13 +22,8 @@ class Int8Layers:
     kv_dtype = torch.bfloat16
 
     def __init__(self, config: DecoderConfig, checkpoint: Checkpoint) -> None:
-        """Raises ModelError where a size is not a multiple of GROUP."""
-        for name in ("hidden_size", "intermediate_size", "head_dim"):
-            if (size := getattr(config, name)) % GROUP:
-                raise ModelError(
-                    f"int8 on a CPU needs a {name} that {GROUP} divides, and it is {size}. "
-                    "Use --quantization none"
-                )
+        """Raises ModelError as `DecoderConfig.check_int8` does."""
+        config.check_int8()
         self._config = config
         self._kept: list[torch.Tensor] = []  # what the tables' addresses point to
         self._layers = np.zeros(config.num_layers, cpu.LAYER)

@@ -11,6 +11,7 @@ import torch
 from farthing.models.rope import rope_parameters
 from farthing.quant.errors import ModelError
 from farthing.quant.kernels.int8 import quantise_rows
+from farthing.quant.kernels.simd import GROUP
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -62,6 +63,33 @@ class DecoderConfig:
             rope=rope_parameters(config),
         )
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The tensors that a checkpoint must have, by transformers' names, biases aside."""
+        hidden, gated = self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        yield "model.embed_tokens.weight", (self.vocab_size, hidden)
+        yield "model.norm.weight", (hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocab_size, hidden)
+        for layer in (f"model.layers.{index}" for index in range(self.num_layers)):
+            yield f"{layer}.input_layernorm.weight", (hidden,)
+            yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+            for name, outputs in zip(QKV, (queries, keys, keys), strict=True):
+                yield f"{layer}.self_attn.{name}.weight", (outputs, hidden)
+            yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
+            for name in GATE_UP:
+                yield f"{layer}.mlp.{name}.weight", (gated, hidden)
+            yield f"{layer}.mlp.down_proj.weight", (hidden, gated)
+
+    def check_int8(self) -> None:
+        """Raise ModelError where a size is not a multiple of what shares an activation's scale."""
+        for name in ("hidden_size", "intermediate_size", "head_dim"):
+            if (size := getattr(self, name)) % GROUP:
+                raise ModelError(
+                    f"int8 on a CPU needs a {name} that {GROUP} divides, and it is {size}. "
+                    "Use --quantization none"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -102,14 +130,25 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        """Raises ModelError where a tensor is missing or has another shape."""
+        wrong = [
+            name
+            for name, shape in config.shapes()
+            if name not in state or tuple(state[name].shape) != shape
+        ]
+        if wrong:
+            raise ModelError(
+                f"the checkpoint lacks {len(wrong)} of the model's weights or has them in another "
+                f"shape ({wrong[0]}…). Download the model again"
+            )
         self._config = config
         self._state = state
         self._device = device
         self._dtype = dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """On the device, in the dtype. Raises ModelError where it is missing."""
-        return self._stored(name).to(self._device, self._dtype)
+        """On the device, in the dtype."""
+        return self._state[name].to(self._device, self._dtype)
 
     def optional(self, name: str) -> torch.Tensor | None:
         return self.tensor(name) if name in self._state else None
@@ -144,16 +183,11 @@ class Checkpoint:
 
     def rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A linear as int8 codes [N, K] and float32 scales [N]: bitsandbytes' own, or made here."""
-        weight = self._stored(f"{name}.weight")
+        weight = self._state[f"{name}.weight"]
         if weight.dtype == torch.int8:
-            return weight, self._stored(f"{name}.SCB").float() / 127
+            return weight, self._state[f"{name}.SCB"].float() / 127
         return quantise_rows(weight)
 
     def _fused(self, names: list[str]) -> Linear:
         weights = [self.tensor(f"{name}.weight") for name in names]
         return Linear(torch.cat(weights), self.bias(names))
-
-    def _stored(self, name: str) -> torch.Tensor:
-        if name not in self._state:
-            raise ModelError(f"the checkpoint has no tensor {name!r}; it is incomplete")
-        return self._state[name]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from farthing.models.attention import StepAttention
@@ -13,24 +15,6 @@ from farthing.models.interface import KVCache, ModelSpec, StepInput
 from farthing.quant.errors import ModelError
 
 ATTENTION = "farthing_paged"
-
-# Each is compared with transformers' own forward pass in tests/models/test_hf.py.
-ARCHITECTURES = frozenset(
-    {
-        "deepseek_v2",
-        "deepseek_v3",
-        "llama",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-    }
-)
-
-# Their frequencies follow the longest position of a batch, so one request would change another.
-_UNSTEADY_ROPE = frozenset({"dynamic", "longrope"})
 
 
 def _attend(
@@ -54,22 +38,6 @@ def _attend(
 
 
 AttentionInterface.register(ATTENTION, _attend)
-
-
-def check_architecture(config: PretrainedConfig) -> None:
-    """Raise ModelError unless HFModel computes this architecture rightly."""
-    if config.model_type not in ARCHITECTURES:
-        raise ModelError(
-            f"architecture {config.model_type!r} is not supported. Use a model of one of these: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _UNSTEADY_ROPE:
-        raise ModelError(
-            f"rope type {rope['rope_type']!r} is not supported: it depends on the longest sequence "
-            "of a batch, so that one request would change the answer of another. "
-            "Use 'default', 'linear', 'yarn' or 'llama3' in the model's config.json"
-        )
 
 
 class HFModel:
@@ -103,6 +71,50 @@ class HFModel:
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+
+def load_hf_model(
+    folder: Path, precision: str, in_flight: bool, device: torch.device, dtype: torch.dtype
+) -> HFModel:
+    """Load a folder's weights, quantising them `in_flight` or as the checkpoint holds them.
+
+    precision is "int8", "nf4", "fp4" or the dtype's name. Raises ModelError for weights that are
+    not the model's, or do not fit.
+    """
+    options: dict[str, Any] = {}
+    if in_flight:
+        from farthing.quant.linear import bitsandbytes_config  # a second to import
+
+        options["quantization_config"] = bitsandbytes_config(precision, dtype)
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{device} ran out of memory while the weights were loaded: {error}. "
+            "Free memory there, or use a smaller precision or model"
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {error}") from None
+    wrong = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if wrong:
+        raise ModelError(
+            f"{folder} lacks {len(wrong)} of the model's weights or has them in another shape "
+            f"({wrong[0]}…). Download the model again"
+        )
+    if device.type == "cpu" and precision in ("nf4", "fp4"):
+        from farthing.quant.linear import keep_cpu_layout
+
+        keep_cpu_layout(module)
+    return HFModel(module, precision)
 
 
 def _spec(module: PreTrainedModel, precision: str) -> ModelSpec:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 
@@ -42,14 +44,21 @@ class KVCache:
     def allocate(
         cls, spec: ModelSpec, num_pages: int, page_size: int, device: torch.device
     ) -> KVCache:
+        """Zeroed pages: a page never written may be read under a mask, where NaN would spread."""
+
         def pages(width: int) -> tuple[torch.Tensor, ...]:
             shape = (num_pages, page_size, spec.num_kv_heads, width)
-            return tuple(
-                torch.zeros(shape, dtype=spec.kv_dtype, device=device)
-                for _ in range(spec.num_layers)
-            )
+            return tuple(_zeros(shape, spec.kv_dtype, device) for _ in range(spec.num_layers))
 
         return cls(pages(spec.key_dim), pages(spec.value_dim), page_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Like torch.zeros; on a CPU from memory that the system zeroes page by page, on first use."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,82 +1,162 @@
-"""A model folder becomes a model on a device, or a ModelError that says what to do."""
+"""A model folder becomes a model on a device, or a ModelError that says what to do.
+
+Everything that can be refused is refused before transformers is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
-from farthing.models.hf import ATTENTION, HFModel, check_architecture
+from farthing.models.decoder import Decoder
+from farthing.models.decoder_weights import DecoderConfig
 from farthing.models.interface import Model
 from farthing.models.memory import free_memory
+from farthing.models.rope import inverse_frequencies
 from farthing.quant.errors import ModelError
 from farthing.quant.headers import StoredTensor, read_headers
-from farthing.quant.linear import (
+from farthing.quant.precision import (
     Precision,
-    bitsandbytes_config,
     check_quantisable,
-    keep_cpu_layout,
     stored_precision,
     weight_bytes,
 )
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
+# Each is compared with transformers' own forward pass in tests/models/test_hf.py.
+ARCHITECTURES = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    }
+)
+
+# Their frequencies follow the longest position of a batch, so one request would change another.
+_UNSTEADY_ROPE = frozenset({"dynamic", "longrope"})
+
+
+Implementation = Literal["auto", "lean", "transformers"]
+
 
 def load_model(
-    folder: Path, precision: Precision, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path,
+    precision: Precision,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    implementation: Implementation = "auto",
 ) -> Model:
     """Load a model folder's weights onto the device.
 
-    "auto" keeps what a prequantised checkpoint holds; of a plain one it takes 16 bits where they
-    fit the device, then int8, then nf4. dtype is what is not quantised is held and computed in:
-    by default the checkpoint's on an accelerator and bfloat16 on a CPU or where it is float32.
+    "auto" keeps what a prequantised checkpoint holds. Of a plain one, on a CPU, it takes int8
+    where our own decoder computes it, since that is the fastest there (`bench/cpu_precision.py`);
+    elsewhere 16 bits where they fit the device, then int8, then nf4. dtype is what is not quantised
+    is held and computed in: by default the checkpoint's on an accelerator and bfloat16 on a CPU or
+    where it is float32.
 
     Raises ModelError where the architecture, the weights' format or the memory does not allow it.
     """
-    config = _read_config(folder)
-    check_architecture(config)
+    settings = _read_config(folder)
+    check_architecture(settings)
     tensors = read_headers(folder)
-    dtype = dtype or _default_dtype(config, device)
-    stored = stored_precision(getattr(config, "quantization_config", None))
+    stored = stored_precision(settings.get("quantization_config"))
     if stored is not None and precision not in ("auto", stored):
         raise ModelError(
             f"{folder} holds {stored} weights, which cannot become {precision!r}. "
             "Use --quantization auto, or the model's 16-bit weights"
         )
     free = free_memory(device)
+    quantised_to: Precision = "none"
     if stored is None:
-        asked = _fitting(precision, tensors, dtype, free)
-        quantisation = bitsandbytes_config(asked, dtype)
-    else:
-        asked, quantisation = "none", None
-    held = stored or asked
+        exact = dtype == torch.float32
+        fast_int8 = not exact and implementation != "transformers" and device.type == "cpu"
+        if precision == "auto" and fast_int8 and _lean_obstacle(settings, "int8", device) is None:
+            precision = "int8"
+        quantised_to = _fitting(precision, tensors, dtype or torch.bfloat16, free)
+    held = stored or quantised_to
     if held != "none":
         check_quantisable(tensors, held)
-    _check_memory(weight_bytes(tensors, asked, dtype), free, held, device)
-    module = _load_module(folder, config, device, dtype, quantisation)
-    if device.type == "cpu":
-        keep_cpu_layout(module)
-    return HFModel(module, _DTYPE_NAMES[dtype] if held == "none" else held)
+    dtype = dtype or _default_dtype(settings, device)
+    _check_memory(weight_bytes(tensors, quantised_to, dtype), free, held, device)
+
+    obstacle = _lean_obstacle(settings, held, device)
+    if implementation == "lean" and obstacle is not None:
+        raise ModelError(f"--model-impl lean: {obstacle}. Use --model-impl auto")
+    if implementation != "transformers" and obstacle is None:
+        return _load_lean(folder, held, device, dtype)
+    from farthing.models.hf import load_hf_model
+
+    name = _DTYPE_NAMES[dtype] if held == "none" else held
+    return load_hf_model(folder, name, quantised_to != "none", device, dtype)
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no config.json. Name a folder with a model's files")
+def _lean_obstacle(settings: dict[str, Any], held: str, device: torch.device) -> str | None:
+    """Why our own decoder does not compute this model in this precision; None where it does."""
+    if held not in ("none", "int8") or (held == "int8" and device.type != "cpu"):
+        return f"{held} weights on {device.type} go through bitsandbytes"
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}") from None
+        config = DecoderConfig.from_json(settings)
+        inverse_frequencies(config.rope, config.head_dim)
+        if held == "int8":
+            config.check_int8()
+    except ModelError as error:
+        return str(error)
+    return None
 
 
-def _default_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    if device.type == "cpu" or config.dtype != torch.float16:
-        return torch.bfloat16
-    return torch.float16
+def _load_lean(folder: Path, held: str, device: torch.device, dtype: torch.dtype) -> Model:
+    if held == "int8":
+        # Embeddings and norms are a small part, and float32 keeps what the checkpoint has.
+        return Decoder.from_folder(folder, "int8", device, torch.float32)
+    return Decoder.from_folder(folder, "none", device, dtype)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} holds no config.json. Name a folder with a model's files"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}. Download it again") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} holds no JSON object. Download it again")
+    return settings
+
+
+def check_architecture(settings: dict[str, Any]) -> None:
+    """Raise ModelError unless a model with this config.json is computed rightly."""
+    model_type = settings.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ModelError(
+            f"architecture {model_type!r} is not supported. Use a model of one of these: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind in _UNSTEADY_ROPE:
+        raise ModelError(
+            f"rope type {kind!r} is not supported: it depends on the longest sequence "
+            "of a batch, so that one request would change the answer of another. "
+            "Use 'default', 'linear', 'yarn' or 'llama3' in the model's config.json"
+        )
+
+
+def _default_dtype(settings: dict[str, Any], device: torch.device) -> torch.dtype:
+    stored = settings.get("dtype") or settings.get("torch_dtype")
+    return torch.float16 if stored == "float16" and device.type != "cpu" else torch.bfloat16
 
 
 def _fitting(
@@ -98,38 +178,3 @@ def _check_memory(needed: int, free: int, precision: str, device: torch.device) 
         f"the weights need {needed / 2**30:.2f} GiB in precision {precision!r}, and {device} has "
         f"{free / 2**30:.2f} GiB free. Free memory there, or use {mend}"
     )
-
-
-def _load_module(
-    folder: Path,
-    config: PretrainedConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantisation: BitsAndBytesConfig | None,
-) -> PreTrainedModel:
-    try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=ATTENTION,
-            quantization_config=quantisation,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{device} ran out of memory while the weights were loaded: {error}. "
-            "Free memory there, or use a smaller precision or model"
-        ) from None
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {error}") from None
-    wrong = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if wrong:
-        raise ModelError(
-            f"{folder} lacks {len(wrong)} of the model's weights or has them in another shape "
-            f"({wrong[0]}…). Download the model again"
-        )
-    return module

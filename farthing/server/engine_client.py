@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,12 @@ from farthing.server.engine import EngineUnavailable, QueueFull
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "farthing.batching.process")
+# glibc gives large temporaries back to the system at once, and a step would fault them in again.
+ENGINE_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
+    "MALLOC_TOP_PAD_": str(128 * 2**20),
+}
 DEATHS_PER_REQUEST = 3  # within DEATH_WINDOW_S: the request is taken to be the cause
 DEATH_WINDOW_S = 60.0
 MAX_BACKOFF_S = 30.0
@@ -159,7 +166,7 @@ class _Life:
     async def run(self, settings: EngineSettings, handle: Callable[[FromEngine], None]) -> int:
         """Start the process, pass on all it sends, and return its exit code once it has ended."""
         process = self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE
+            *self._command, stdin=asyncio.subprocess.PIPE, env=ENGINE_ENVIRONMENT | os.environ
         )
         reader = asyncio.create_task(self._read(handle))
         try:

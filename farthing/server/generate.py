@@ -57,6 +57,11 @@ class Generation:
         """How many answers there will be."""
         return len(self._requests)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all answers are whole and every piece of them was taken."""
+        return not (self._open or self._arrived or self._failure)
+
     async def next_pieces(self) -> list[Piece]:
         """Everything that has arrived, at least one piece; nothing once all answers have ended.
 
@@ -69,6 +74,13 @@ class Generation:
         if not pieces and self._failure:
             raise self._failure
         return pieces
+
+    async def all_pieces(self) -> list[Piece]:
+        """Everything, once all answers have ended. Raises an ApiError where the engine failed."""
+        await asyncio.wait(self._tasks)
+        if self._failure:
+            raise self._failure
+        return self._arrived
 
     def cancel(self) -> None:
         """End whatever still runs, at once. Idempotent."""

@@ -89,9 +89,8 @@ async def respond(
 
 async def _whole(generation: Generation, dialect: Dialect, headers: Mapping[str, str]) -> Response:
     answers: list[list[Piece]] = [[] for _ in range(generation.size)]
-    while pieces := await generation.next_pieces():
-        for piece in pieces:
-            answers[piece.index].append(piece)
+    for piece in await generation.all_pieces():
+        answers[piece.index].append(piece)
     if generation.cancelled:
         return Response(status_code=_CLIENT_GONE)
     usage = generation.usage()
@@ -142,16 +141,14 @@ class EventStreamResponse(Response):
     async def _send_events(self, send: Send) -> None:
         events = b"".join(map(_event, self._dialect.opening()))
         try:
-            while True:
+            while not self._generation.ended:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
                 pieces = await self._generation.next_pieces()
-                if not pieces:
-                    break
                 events = b"".join(_event(self._dialect.chunk(piece)) for piece in pieces)
-            ending = self._ending()
+            events += self._ending()
         except Exception as error:  # the status has been sent: say it in the stream
-            ending = b"data: " + to_api_error(error).body() + b"\n\n"
-        await send({"type": "http.response.body", "body": ending})
+            events = b"data: " + to_api_error(error).body() + b"\n\n"
+        await send({"type": "http.response.body", "body": events})
 
     def _ending(self) -> bytes:
         if not self._include_usage:

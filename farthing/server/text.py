@@ -95,9 +95,9 @@ class TextModel:
         which the tokenizer adds, and the one that begins a text at most once.
         """
         if len(text) > LONG_TEXT:
-            ids = await asyncio.to_thread(self._encode_unlocked, text, add_special_tokens)
+            ids = await asyncio.to_thread(self._encode, text, add_special_tokens)
         else:
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self._encode(text, add_special_tokens)
         return self._with_one_bos(ids) if add_special_tokens else ids
 
     def detokeniser(self) -> Detokeniser:
@@ -108,8 +108,8 @@ class TextModel:
         """The text of a whole sequence, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _encode_unlocked(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Only the tokenizer's batch calls let other threads run meanwhile."""
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """As a batch of one: only the library's batch calls let other threads run meanwhile."""
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 

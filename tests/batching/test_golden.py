@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from farthing.batching.types import Request, SamplingParams
 from farthing.models.interface import Model
-from farthing.models.load import load_model
+from farthing.models.load import Implementation, load_model
 from tests.batching.inprocess import greedy, random_prompt, run, tokens_of
 from tests.checkpoints import Kind, tiny_checkpoint
 
 LENGTH = 24  # tokens generated
-CASES: list[tuple[Kind, str]] = [
+CASES: list[tuple[Kind, Implementation]] = [
+    ("llama", "lean"),
+    ("qwen2", "lean"),
+    ("qwen3", "lean"),
     ("llama", "transformers"),
     ("qwen2", "transformers"),
     ("qwen3", "transformers"),
@@ -34,13 +37,14 @@ class Golden:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    kind, _ = request.param
+    kind, implementation = request.param
     folder = tiny_checkpoint(kind, tmp_path_factory.mktemp(kind), seed=3)
     model = load_model(
         folder,
         precision="none",
         device=torch.device("cpu"),
         dtype=torch.float32,
+        implementation=implementation,
     )
     prompt = random_prompt(seed=1, length=37, vocab_size=model.spec.vocab_size)
     return Golden(model, prompt, generate(folder, prompt))

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from sse_server import Serve, running
+
+from tests.bench.sse_server import Serve, running
 
 
 @pytest.fixture

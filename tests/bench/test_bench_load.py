@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sse_server import Answer, Serve
 
 from farthing.bench.client import BenchError, Dialect, Record, Target
 from farthing.bench.load import Bounds, Closed, Gate, Open, Plan, Send, measure, no_gate, run_load
 from farthing.bench.prompts import Job, Span, Workload
+from tests.bench.sse_server import Answer, Serve
 
 
 def plan(url: str, load: Closed | Open, requests: int, **target: Any) -> Plan:

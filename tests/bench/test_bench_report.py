@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from sse_server import Answer, Serve
 
 from farthing.bench.client import Record
 from farthing.bench.command import add_arguments, run
 from farthing.bench.report import Percentiles, render, summarise, write_plot
+from tests.bench.sse_server import Answer, Serve
 
 
 def record(due: float, ttft: float, gap: float, tokens: int, **other: object) -> Record:

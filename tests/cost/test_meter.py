@@ -19,7 +19,9 @@ def share(request_id: str, prefill: int = 0, decode: int = 0, cached: int = 0) -
 
 
 def step(device_s: float, *shares: Share, overhead_s: float = 0, idle_s: float = 0) -> StepStats:
-    return StepStats(device_s=device_s, overhead_s=overhead_s, idle_s=idle_s, shares=list(shares))
+    return StepStats(
+        at=0.0, device_s=device_s, overhead_s=overhead_s, idle_s=idle_s, shares=list(shares)
+    )
 
 
 @dataclass(frozen=True)

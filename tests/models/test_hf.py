@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from farthing.models.hf import ARCHITECTURES, ATTENTION, HFModel, check_architecture
+from farthing.models.hf import ATTENTION, HFModel
+from farthing.models.load import ARCHITECTURES, check_architecture
 from farthing.quant.errors import ModelError
 from tests.checkpoints import KINDS, Kind, tiny_checkpoint
 from tests.models.steps import DEVICES, Sequence, Session
@@ -122,12 +123,30 @@ def test_every_supported_architecture_is_proven() -> None:
 @pytest.mark.parametrize("kind", ["deepseek_v32", "bert", "mamba", "gpt2"])
 def test_another_architecture_is_refused_by_name(kind: str) -> None:
     with pytest.raises(ModelError, match=rf"'{kind}' is not supported.*deepseek_v2.*qwen3"):
-        check_architecture(AutoConfig.for_model(kind))
+        check_architecture({"model_type": kind})
 
 
-def test_rope_that_follows_the_batch_is_refused() -> None:
-    config = AutoConfig.for_model(
-        "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    )
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ],
+)
+def test_rope_that_follows_the_batch_is_refused(rope: dict[str, object]) -> None:
     with pytest.raises(ModelError, match=r"'dynamic'.*another"):
-        check_architecture(config)
+        check_architecture({"model_type": "llama"} | rope)
+
+
+def test_a_window_in_some_layers(tmp_path: Path) -> None:
+    windowed = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    folder = tiny_checkpoint("qwen2", tmp_path, **windowed)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=ATTENTION
+    )
+    assert module.config.layer_types == ["full_attention", "sliding_attention"]
+    session, sequence, (text,) = Session(HFModel(module, "fp32")), Sequence(), prompts([25])
+    parts = [session.run([(sequence, chunk)])[0] for chunk in (text[:13], text[13:24], text[24:])]
+    expected = expected_logits(plain, text)
+    torch.testing.assert_close(torch.cat(parts), expected, atol=1e-4, rtol=1e-4)

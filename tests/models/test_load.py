@@ -15,7 +15,7 @@ from farthing.models.load import load_model
 from farthing.models.memory import free_memory
 from farthing.quant.errors import ModelError
 from farthing.quant.headers import read_headers
-from farthing.quant.linear import Precision, weight_bytes
+from farthing.quant.precision import Precision, weight_bytes
 from tests.checkpoints import tiny_checkpoint
 from tests.models.steps import DEVICES, Sequence, Session
 
@@ -160,12 +160,14 @@ def test_other_formats_are_refused(method: str, checkpoint: Path, tmp_path: Path
         load_model(folder, "auto", CPU)
 
 
-def test_unknown_architectures_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    folder = edited(checkpoint, tmp_path / "model", model_type="no_such_model")
-    with pytest.raises(ModelError, match=r"config.json cannot be read: .*no_such_model"):
-        load_model(folder, "auto", CPU)
+def test_what_is_no_supported_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config.json. Name a folder"):
+        load_model(tmp_path, "auto", CPU)
     folder = edited(checkpoint, tmp_path / "bert", model_type="bert")
     with pytest.raises(ModelError, match="'bert' is not supported"):
+        load_model(folder, "auto", CPU)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config.json cannot be read.*again"):
         load_model(folder, "auto", CPU)
 
 

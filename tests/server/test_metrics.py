@@ -48,8 +48,10 @@ READY = EngineReady(
     weight_bytes=0,
     kv_bytes=0,
     load_s=1.0,
+    at=0.0,
 )
 STEP = StepStats(
+    at=0.0,
     device_s=3.0,
     overhead_s=1.0,
     idle_s=2.0,
@@ -154,7 +156,7 @@ def test_a_step_shows_the_engine_and_its_work(busy: Server) -> None:
 
 
 def test_an_idle_message_observes_no_step(busy: Server) -> None:
-    busy.step(StepStats(device_s=0, overhead_s=0, idle_s=1))
+    busy.step(StepStats(at=0, device_s=0, overhead_s=0, idle_s=1))
     samples = busy.samples()
     assert samples[("iteration_tokens_count",)] == 1
     assert samples[("num_requests_running",)] == 0

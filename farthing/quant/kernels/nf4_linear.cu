@@ -1,0 +1,572 @@
+// y = x W^T for a bitsandbytes 4-bit W, at the speed of reading W. The layout is nf4.py's.
+//
+// Compiled for ROWS = 8, 16, 32 or 64 rows of x and SHARED_BYTES of shared memory.
+//
+// A tile is 256 rows of W by all of K, cut into stages of 64 columns. The stages of all tiles,
+// in order, are dealt to the grid in equal ranges, so a tile may be shared: each of its blocks
+// then leaves a partial sum, and once all are there each adds up its share of the tile. The
+// order of every sum depends on the shape of W and the grid alone: not on ROWS, not on timing.
+//
+// Weights are the tensor core's 16-row operand and x its 8-row one, so 8 rows cost what 1 does.
+// A byte of W is decoded by one look-up into a table of pairs of bf16. On Hopper one warp feeds
+// the ring with bulk copies and four warpgroups multiply by wgmma; elsewhere all 16 warps copy
+// with cp.async and multiply by mma.sync. The accumulators lie alike, so the rest is shared.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER 1
+#else
+#define HOPPER 0
+#endif
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int SIDE = 64;                          // rows and columns of a block of W
+constexpr int CODE_BYTES = SIDE * SIDE / 2;       // its codes; SIDE fp16 scales follow them
+constexpr int BLOCK_BYTES = CODE_BYTES + SIDE * 2;
+constexpr int TILE_BLOCKS = 4;                    // blocks side by side in a stage
+constexpr int TILE_ROWS = TILE_BLOCKS * SIDE;
+constexpr int WEIGHT_BYTES = TILE_BLOCKS * BLOCK_BYTES;
+constexpr int X_BYTES = ROWS * SIDE * 2;
+constexpr int WORKERS = TILE_BLOCKS * 128;        // threads that multiply: a warpgroup a block
+constexpr int COLUMN_TILES = ROWS / 8;
+constexpr int PARTIALS = COLUMN_TILES * WORKERS;  // float4 in a tile's partial sum
+
+// A copy a lane, so that look-ups meet no bank conflict, where shared memory is large and the
+// memory fast; there the entries lie 256 bytes apart, which makes an address one byte_perm.
+constexpr int TABLE_COPIES = HOPPER ? 32 : 16;
+constexpr int TABLE_STRIDE = HOPPER ? 256 : 64;
+constexpr int TABLE_BYTES = 256 * TABLE_STRIDE;
+
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+struct Linear {
+    const u8* weight;
+    const u16* x;          // bf16 [rows, k]; Hopper reads it through the tensor map
+    const u16* bias;       // bf16 [n], or null
+    u16* y;                // bf16 [rows, n]
+    float4* partials;      // [grid][2][PARTIALS]
+    u32* arrivals;         // [tiles], all zero between launches
+    int rows, n, k;
+    float scale;           // a power of two that the fp16 scales leave out
+    u16 codebook[16];      // bf16
+};
+
+// ---- which stages are whose ----
+
+struct Schedule {
+    u32 depth, total;  // stages in a tile, and in all
+
+    __device__ Schedule(const Linear& p)
+        : depth(p.k / SIDE), total((p.n + TILE_ROWS - 1) / TILE_ROWS * depth) {}
+
+    __device__ int begin(u32 cta) const { return cta * total / gridDim.x; }
+    __device__ int owner(u32 stage) const { return ((stage + 1) * gridDim.x - 1) / total; }
+    __device__ int tile(u32 stage) const { return stage / depth; }
+    __device__ int first_stage(u32 tile) const { return tile * depth; }
+};
+
+__device__ int blocks_in_tile(const Linear& p, int tile) {
+    return min(TILE_BLOCKS, (p.n + SIDE - 1) / SIDE - tile * TILE_BLOCKS);
+}
+
+__device__ const u8* stage_weights(const Linear& p, const Schedule& s, int stage) {
+    int tile = s.tile(stage), first = s.first_stage(tile);
+    long long blocks = (long long)first * TILE_BLOCKS;
+    return p.weight + (blocks + (stage - first) * blocks_in_tile(p, tile)) * BLOCK_BYTES;
+}
+
+// ---- small instructions ----
+
+__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ void sync_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
+
+__device__ float half_to_float(u32 bits) {
+    float value;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(bits));
+    return value;
+}
+
+__device__ u16 to_bf16(float value) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ float from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+// ---- decoding ----
+
+// Entry b, once a copy: the two weights of byte b as a pair of bf16, the earlier one low.
+__device__ void build_table(const Linear& p, u32 table) {
+    for (int i = threadIdx.x; i < 256 * TABLE_COPIES; i += WORKERS) {
+        int byte = i / TABLE_COPIES;
+        u32 pair = p.codebook[byte >> 4] | (u32)p.codebook[byte & 15] << 16;
+        u32 at = table + byte * TABLE_STRIDE + i % TABLE_COPIES * 4;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+    }
+}
+
+__device__ u32 look_up(u32 copy, u32 codes, int byte) {
+    u32 at, pair;
+    if (TABLE_STRIDE == 256)  // the table is aligned to its 64 KB
+        at = __byte_perm(codes, copy, 0x7604 | byte << 4);
+    else
+        at = copy + (codes >> 8 * byte & 255) * TABLE_STRIDE;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
+    return pair;
+}
+
+// Where a worker finds its part of a stage, as addresses in shared memory.
+struct Place {
+    u32 copy;    // its copy of the table
+    u32 codes;   // in a stage: its 32 weights of a block
+    u32 scales;  // in a stage: the scales of its rows, g and g + 8 of its warp's 16
+
+    __device__ Place(u32 table) {
+        int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        u32 block = threadIdx.x / 128 * BLOCK_BYTES;
+        copy = table + lane % TABLE_COPIES * 4;
+        codes = block + warp * 512 + lane * 16;
+        scales = block + CODE_BYTES + warp * 32 + lane / 4 * 4;
+    }
+
+    // A warp's 16 rows by 64 columns as the tensor core's four A operands.
+    __device__ void decode(u32 stage, u32 (&a)[4][4]) const {
+        u32 words[4];
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(stage + codes));
+#pragma unroll
+        for (int s = 0; s < 4; ++s)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) a[s][j] = look_up(copy, words[s], j);
+    }
+
+    __device__ float2 row_scales(u32 stage) const {
+        u32 bits;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(stage + scales));
+        return {half_to_float(bits & 0xffff), half_to_float(bits >> 16)};
+    }
+};
+
+using Accumulator = float[COLUMN_TILES][4];  // rows g, g, g + 8, g + 8; columns 2t, 2t + 1
+
+__device__ void add_scaled(Accumulator& sum, int tile, const float* d, float2 scale) {
+    sum[tile][0] += scale.x * d[0];
+    sum[tile][1] += scale.x * d[1];
+    sum[tile][2] += scale.y * d[2];
+    sum[tile][3] += scale.y * d[3];
+}
+
+// ---- the end of a tile ----
+
+__device__ int partial_slot(const Schedule& s, int cta, int tile) {
+    return 2 * cta + (s.begin(cta) <= s.first_stage(tile));  // 0: it took over a tile begun elsewhere
+}
+
+// Four sums of worker `worker`: two rows of W by two rows of x.
+__device__ void store(const Linear& p, int tile, int column_tile, int worker, float4 sum) {
+    int row = (worker / 32) * 16 + worker % 32 / 4 + tile * TILE_ROWS;
+    int column = column_tile * 8 + worker % 4 * 2;
+    float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int m = row + i / 2 * 8;
+        int r = column + i % 2;
+        if (m < p.n && r < p.rows) {
+            float bias = p.bias ? from_bf16(p.bias[m]) : 0.0f;
+            p.y[(long long)r * p.n + m] = to_bf16(sums[i] * p.scale + bias);
+        }
+    }
+}
+
+__device__ void leave_partial(const Linear& p, const Schedule& s, int tile, const Accumulator& sum) {
+    float4* slot = p.partials + (long long)partial_slot(s, blockIdx.x, tile) * PARTIALS;
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; ++c)
+        slot[c * WORKERS + threadIdx.x] = {sum[c][0], sum[c][1], sum[c][2], sum[c][3]};
+}
+
+__device__ bool whole(const Schedule& s, int tile) {  // does this block alone do all of it?
+    return s.begin(blockIdx.x) <= s.first_stage(tile) &&
+           s.first_stage(tile + 1) <= s.begin(blockIdx.x + 1);
+}
+
+// Adds up this block's share of a tile once all that share it have left their partial sums.
+__device__ void finish_shared_tile(const Linear& p, const Schedule& s, int tile) {
+    int first = s.owner(s.first_stage(tile));
+    int sharers = s.owner(s.first_stage(tile + 1) - 1) - first + 1;
+    u32* arrived = p.arrivals + tile;
+    if (threadIdx.x == 0) {
+        u32 count;
+        do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+        while (count < sharers);
+    }
+    sync_workers();
+    // The last to leave wraps the counter back to zero for the next launch.
+    if (threadIdx.x == 0) atomicInc(arrived, 2 * sharers - 1);
+    int share = blockIdx.x - first;
+    int end = (share + 1) * PARTIALS / sharers;
+    for (int i = share * PARTIALS / sharers + threadIdx.x; i < end; i += WORKERS) {
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll 4
+        for (int c = first; c < first + sharers; ++c) {
+            float4 part = __ldcg(p.partials + (long long)partial_slot(s, c, tile) * PARTIALS + i);
+            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        }
+        store(p, tile, i / WORKERS, i % WORKERS, sum);
+    }
+}
+
+// What the workers of a block do. A ring waits for a stage, multiplies or skips it and frees it.
+template <class Ring>
+__device__ void work(const Linear& p, const Schedule& s, Ring& ring) {
+    int begin = s.begin(blockIdx.x), end = s.begin(blockIdx.x + 1);
+    for (int stage = begin; stage < end;) {
+        int tile = s.tile(stage);
+        int stop = min(end, s.first_stage(tile + 1));
+        Accumulator sum = {};
+        if (threadIdx.x / 128 < blocks_in_tile(p, tile))
+            for (int left = stop - stage; left > 0; --left) ring.multiply(sum);
+        else
+            for (int left = stop - stage; left > 0; --left) ring.skip();
+        stage = stop;
+        if (whole(s, tile)) {
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c)
+                store(p, tile, c, threadIdx.x, {sum[c][0], sum[c][1], sum[c][2], sum[c][3]});
+            continue;
+        }
+        leave_partial(p, s, tile, sum);
+        sync_workers();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            atomicAdd(p.arrivals + tile, 1u);
+        }
+    }
+    int first = s.tile(begin), last = s.tile(end - 1);
+    if (!whole(s, first)) finish_shared_tile(p, s, first);
+    if (last != first && !whole(s, last)) finish_shared_tile(p, s, last);
+}
+
+#if HOPPER
+
+__device__ void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+__device__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ void copy_weights(u32 to, const u8* from, int bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// ROWS rows by 64 columns of x, in the 128-byte swizzle that wgmma reads; zeros past the last row.
+__device__ void copy_x(u32 to, const TensorMap* map, int column, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(0), "r"(barrier)
+        : "memory");
+}
+
+__device__ void wgmma(float (&d)[4], const u32 (&a)[4], u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3},"
+        " {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+#define EIGHT(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
+
+__device__ void wgmma(float (&d)[8], const u32 (&a)[4], u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %13, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7},"
+        " {%8, %9, %10, %11}, %12, add, 1, 1, 0;\n}"
+        : EIGHT(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+__device__ void wgmma(float (&d)[16], const u32 (&a)[4], u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7,"
+        " %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
+        : EIGHT(d, 0), EIGHT(d, 8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+__device__ void wgmma(float (&d)[32], const u32 (&a)[4], u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7,"
+        " %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"
+        " %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+        : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+// Where a K-major operand of 128-byte swizzled rows lies: eight rows are 1024 bytes.
+__device__ u64 swizzled_operand(u32 at) {
+    return (u64)((1024 >> 4) | 1u << 30) << 32 | 1u << 16 | at >> 4;
+}
+
+// x and the barriers lie before the table, whose alignment leaves them 63 KB; weights after it.
+constexpr int FRONT_BYTES = TABLE_BYTES - 1024;
+constexpr int STAGES_OF_X = (FRONT_BYTES - 512) / X_BYTES;
+constexpr int STAGES_OF_WEIGHTS = (SHARED_BYTES - FRONT_BYTES - TABLE_BYTES) / WEIGHT_BYTES;
+constexpr int STAGES = STAGES_OF_X < STAGES_OF_WEIGHTS ? STAGES_OF_X : STAGES_OF_WEIGHTS;
+static_assert(STAGES >= 4 && STAGES * 16 <= 512, "a ring, and room for its barriers");
+
+struct Shared {
+    u32 start, table;
+
+    __device__ Shared(const u8* memory)
+        : start(shared_address(memory)), table((start + TABLE_BYTES - 1) & ~(u32)(TABLE_BYTES - 1)) {
+        if (table - start < FRONT_BYTES) __trap();
+    }
+    __device__ u32 x(int slot) const { return start + slot * X_BYTES; }
+    __device__ u32 full(int slot) const { return start + STAGES * X_BYTES + slot * 8; }
+    __device__ u32 empty(int slot) const { return full(slot) + STAGES * 8; }
+    __device__ u32 weights(int slot) const { return table + TABLE_BYTES + slot * WEIGHT_BYTES; }
+};
+
+struct Position {  // in the ring
+    int slot = 0;
+    u32 parity = 0;
+
+    __device__ void advance() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+// One thread: weights are asked for at once, x only when the kernel before has written it.
+__device__ void feed(const Linear& p, const TensorMap* map, const Schedule& s, Shared shared) {
+    int begin = s.begin(blockIdx.x), end = s.begin(blockIdx.x + 1);
+    auto ask_weights = [&](int stage, int slot) {
+        int bytes = blocks_in_tile(p, s.tile(stage)) * BLOCK_BYTES;
+        barrier_expect(shared.full(slot), bytes + X_BYTES);
+        copy_weights(shared.weights(slot), stage_weights(p, s, stage), bytes, shared.full(slot));
+    };
+    auto ask_x = [&](int stage, int slot) {
+        copy_x(shared.x(slot), map, stage % s.depth * SIDE, shared.full(slot));
+    };
+    int ahead = min(STAGES, end - begin);
+    for (int i = 0; i < ahead; ++i) ask_weights(begin + i, i);
+    wait_for_previous_kernel();
+    for (int i = 0; i < ahead; ++i) ask_x(begin + i, i);
+    Position at;
+    for (int stage = begin + ahead; stage < end; ++stage) {
+        barrier_wait(shared.empty(at.slot), at.parity);
+        ask_weights(stage, at.slot);
+        ask_x(stage, at.slot);
+        at.advance();
+    }
+}
+
+struct BulkRing {
+    Shared shared;
+    Place place;
+    Position at;
+
+    __device__ BulkRing(Shared shared) : shared(shared), place(shared.table) {}
+
+    __device__ void multiply(Accumulator& sum) {
+        barrier_wait(shared.full(at.slot), at.parity);
+        u32 a[4][4];
+        float d[COLUMN_TILES * 4];
+        place.decode(shared.weights(at.slot), a);
+        float2 scale = place.row_scales(shared.weights(at.slot));
+        u64 x = swizzled_operand(shared.x(at.slot));
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int s = 0; s < 4; ++s) wgmma(d, a[s], x + 2 * s, s > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; ++c) add_scaled(sum, c, d + 4 * c, scale);
+        free();
+    }
+
+    __device__ void skip() {
+        barrier_wait(shared.full(at.slot), at.parity);
+        free();
+    }
+
+    __device__ void free() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(at.slot));
+        at.advance();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
+    nf4_linear(const __grid_constant__ TensorMap map, const __grid_constant__ Linear p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    Shared shared(memory);
+    let_next_kernel_start();
+    Schedule s(p);
+    if (threadIdx.x == WORKERS) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(shared.full(i), 1);
+            barrier_init(shared.empty(i), WORKERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x == WORKERS) {
+        feed(p, &map, s, shared);
+    } else if (threadIdx.x < WORKERS) {
+        build_table(p, shared.table);
+        sync_workers();
+        wait_for_previous_kernel();
+        BulkRing ring(shared);
+        work(p, s, ring);
+    }
+}
+
+#else
+
+constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
+constexpr int STAGES = (SHARED_BYTES - TABLE_BYTES) / STAGE_BYTES;
+static_assert(STAGES >= 3, "a ring");
+
+__device__ void copy16(u32 to, const void* from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(real ? 16 : 0) : "memory");
+}
+
+__device__ void load_matrices(u32 row, u32 (&r)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row) : "memory");
+}
+
+__device__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// All workers copy each stage; 16-byte chunk c of a row r of x lies at c ^ (r & 7).
+struct AsyncRing {
+    const Linear& p;
+    const Schedule& s;
+    u32 stages;  // in shared memory
+    Place place;
+    int next, end;  // the next stage to ask for
+    int asked = 0, used = 0;
+
+    __device__ AsyncRing(const Linear& p, const Schedule& s, u32 table)
+        : p(p),
+          s(s),
+          stages(table + TABLE_BYTES),
+          place(table),
+          next(s.begin(blockIdx.x)),
+          end(s.begin(blockIdx.x + 1)) {
+        for (int i = 0; i < STAGES - 1; ++i) ask();
+    }
+
+    __device__ void ask() {
+        if (next < end) {
+            int bytes = blocks_in_tile(p, s.tile(next)) * BLOCK_BYTES;
+            const u8* weights = stage_weights(p, s, next);
+            u32 x = stages + asked % STAGES * STAGE_BYTES;
+            for (int i = threadIdx.x * 16; i < bytes; i += WORKERS * 16)
+                copy16(x + X_BYTES + i, weights + i, true);
+            int column = next % s.depth * SIDE;
+            for (int i = threadIdx.x; i < ROWS * 8; i += WORKERS) {
+                int row = i / 8, chunk = i % 8;
+                bool real = row < p.rows;
+                const u16* from = p.x + (long long)(real ? row : 0) * p.k + column + chunk * 8;
+                copy16(x + row * 128 + (chunk ^ (row & 7)) * 16, from, real);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        ++next, ++asked;
+    }
+
+    __device__ void multiply(Accumulator& sum) {
+        u32 stage = take();
+        u32 a[4][4];
+        place.decode(stage + X_BYTES, a);
+        float2 scale = place.row_scales(stage + X_BYTES);
+        int row = threadIdx.x % 8, chunk = threadIdx.x % 32 / 8;
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; ++c) {
+            float d[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32 b[4];
+                load_matrices(stage + c * 1024 + row * 128 + ((chunk + 4 * half) ^ row) * 16, b);
+                mma(d, a[2 * half], b[0], b[1]);
+                mma(d, a[2 * half + 1], b[2], b[3]);
+            }
+            add_scaled(sum, c, d, scale);
+        }
+    }
+
+    __device__ void skip() { take(); }
+
+    // Waits for the next stage and asks for another in the place of the one used before it.
+    __device__ u32 take() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        sync_workers();
+        ask();
+        return stages + used++ % STAGES * STAGE_BYTES;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WORKERS, 1)
+    nf4_linear(const __grid_constant__ TensorMap, const __grid_constant__ Linear p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    u32 table = shared_address(memory);
+    let_next_kernel_start();
+    build_table(p, table);
+    wait_for_previous_kernel();
+    Schedule s(p);
+    AsyncRing ring(p, s, table);
+    work(p, s, ring);
+}
+
+#endif

