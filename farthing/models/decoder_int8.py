@@ -12,7 +12,7 @@ from farthing.models.interface import KVCache, StepInput
 from farthing.quant.errors import ModelError
 from farthing.quant.kernels import cpu
 from farthing.quant.kernels.int8 import interleave, pack_panels
-from farthing.quant.kernels.simd import GROUP, PANEL
+from farthing.quant.kernels.simd import GROUP, LANES, PANEL
 from farthing.quant.kernels.team import TEAM
 
 
@@ -90,7 +90,7 @@ class Int8Layers:
         scratch = max(
             config.hidden_size,
             2 * cpu.MAX_ROWS * PANEL,
-            group * (config.head_dim + max_context),
+            group * (config.head_dim + max_context + LANES),
         )
         attended = config.heads * config.head_dim
         widest = max(config.hidden_size, attended)

@@ -16,12 +16,15 @@ from numba import carray, njit, types
 
 from farthing.quant.kernels.simd import (
     GROUP,
+    LANES,
     PANEL,
     TILE_ROWS,
     bits_float,
     float_bits,
     has_vnni,
+    make_scores,
     make_tile,
+    make_weigh,
     nearest,
     pointer,
 )
@@ -46,11 +49,15 @@ STEP = _record(
 QKV, OUT, GATE_UP, DOWN = range(4)
 MAX_ROWS = max(TILE_ROWS)
 
+_scores_1, _scores_2, _scores_3, _scores_4 = (make_scores(heads) for heads in range(1, 5))
+_weigh_1, _weigh_2, _weigh_3, _weigh_4 = (make_weigh(heads) for heads in range(1, 5))
 _tile_1, _tile_2, _tile_4, _tile_6 = (make_tile(rows, has_vnni()) for rows in TILE_ROWS)
 
-_inline = njit(cache=True, nogil=True)
+_inline = njit(cache=True, nogil=True, error_model="numpy")
 # Sums may be split over lanes: the split is fixed by the code, not by the batch.
-_inline_sums = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+_inline_sums = njit(
+    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "nnan"}
+)
 
 
 @_inline
@@ -59,7 +66,7 @@ def _share(total: int, step: Any, thread: int) -> tuple[int, int]:
     return total * thread // step.threads, total * (thread + 1) // step.threads
 
 
-@_inline
+@_inline_sums
 def _exp(x: np.float32) -> np.float32:
     """e to the x within 2 ulp for |x| < 87; beyond that, the value there.
 
@@ -75,10 +82,10 @@ def _exp(x: np.float32) -> np.float32:
     p = p * f + np.float32(2.402265069591007e-1)
     p = p * f + np.float32(6.931471805599453e-1)
     p = p * f + np.float32(1.0)
-    return p * bits_float(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
+    return p * bits_float(np.uint32(np.uint32(np.int32(whole)) + np.uint32(127)) << np.uint32(23))
 
 
-@_inline
+@_inline_sums
 def _quantise(values: Any, codes: Any, scales: Any, offsets: Any) -> None:
     """Groups of float32 values [G * GROUP] → codes, scales [G] and offsets [G]."""
     for group in range(len(values) // GROUP):
@@ -91,7 +98,7 @@ def _quantise(values: Any, codes: Any, scales: Any, offsets: Any) -> None:
         for i in range(first, first + GROUP):
             code = np.int32(nearest(values[i] * inverse))
             codes[i] = np.int8(code)
-            total += code
+            total = np.int32(total + code)
         scales[group] = largest * np.float32(1 / 127)
         offsets[group] = np.int32(-128) * total
 
@@ -252,11 +259,6 @@ def _to_bfloat16(x: np.float32) -> np.uint16:
 
 
 @_inline
-def _from_bfloat16(x: np.uint16) -> np.float32:
-    return bits_float(np.uint32(x) << np.uint32(16))
-
-
-@_inline
 def _rotate(x: Any, cosines: Any, sines: Any) -> None:
     """Rotary embedding in place: x [D] as two halves."""
     half = len(x) // 2
@@ -267,17 +269,16 @@ def _rotate(x: Any, cosines: Any, sines: Any) -> None:
 
 
 @_inline
-def _pages(address: int, step: Any) -> Any:
-    """One layer's keys or values as bfloat16's bits [slots, kv_heads, head_dim]."""
-    shape = (step.num_slots, step.kv_heads, step.head_dim)
-    return carray(pointer(address), shape, np.uint16)
-
-
-@_inline
 def _rope_write(step: Any, thread: int, layer: Any, projected: Any) -> None:
-    """Norm, where the layer has one, and rotate queries and keys; write K and V into pages."""
-    size = step.head_dim
-    keys, values = _pages(layer.keys, step), _pages(layer.values, step)
+    """Norm, where the layer has one, and rotate queries and keys; write K and V into pages.
+
+    Queries are scaled too. A page's keys lie as [kv_heads, head_dim, page_size], so that one
+    vector takes a dimension of LANES keys; its values as [page_size, kv_heads, head_dim].
+    """
+    size, page_size = step.head_dim, step.page_size
+    pages = step.num_slots // page_size
+    keys = carray(pointer(layer.keys), (pages, step.kv_heads, size, page_size), np.uint16)
+    values = carray(pointer(layer.values), (step.num_slots, step.kv_heads, size), np.uint16)
     slots = carray(pointer(step.slots), step.rows, np.int64)
     cosines = _floats(step.cosines, step.rows, size // 2)
     sines = _floats(step.sines, step.rows, size // 2)
@@ -285,76 +286,113 @@ def _rope_write(step: Any, thread: int, layer: Any, projected: Any) -> None:
     for row in range(begin, end):
         vectors = projected[row].reshape(-1, size)
         for head in range(step.heads + step.kv_heads):
+            vector = vectors[head]
             norm = layer.query_norm if head < step.heads else layer.key_norm
             if norm != 0:
-                weight = carray(pointer(norm), size, np.float32)
-                _norm(vectors[head], weight, step.epsilon, vectors[head])
-            _rotate(vectors[head], cosines[row], sines[row])
+                _norm(vector, carray(pointer(norm), size, np.float32), step.epsilon, vector)
+            _rotate(vector, cosines[row], sines[row])
+            if head < step.heads:
+                vector *= step.attention_scale
+        slot = slots[row]
+        page, offset = slot // page_size, slot % page_size
         for head in range(step.kv_heads):
             key = vectors[step.heads + head]
             value = vectors[step.heads + step.kv_heads + head]
             for i in range(size):
-                keys[slots[row], head, i] = _to_bfloat16(key[i])
-                values[slots[row], head, i] = _to_bfloat16(value[i])
+                keys[page, head, i, offset] = _to_bfloat16(key[i])
+                values[slot, head, i] = _to_bfloat16(value[i])
 
 
 @_inline_sums
-def _dot(x: Any, y: Any) -> np.float32:
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * _from_bfloat16(y[i])
-    return total
-
-
-@_inline
-def _softmax(scores: Any) -> np.float32:
-    """scores → e^(scores - max), and one over their sum."""
+def _softmax(scores: Any) -> None:
+    """In place: e^(score - the largest), over their sum."""
     largest = scores[0]
     for i in range(len(scores)):
         largest = max(largest, scores[i])
+    total = np.float32(0)
     for i in range(len(scores)):
         scores[i] = _exp(scores[i] - largest)
-    return np.float32(1) / _sum(scores)
+        total += scores[i]
+    scale = np.float32(1) / total
+    for i in range(len(scores)):
+        scores[i] *= scale
 
 
-@_inline_sums
-def _sum(x: Any) -> np.float32:
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i]
-    return total
+@_inline
+def _scores(queries: Any, keys: int, stride: int, out: Any, first: int) -> None:
+    """Scores of queries [G, D] with LANES keys at this address into out [G, first …]."""
+    heads, size = queries.shape
+    head = 0
+    while head < heads:
+        query = queries.ctypes.data + 4 * head * size
+        target = out.ctypes.data + 4 * (head * out.shape[1] + first)
+        left = heads - head
+        if left >= 4:
+            _scores_4(query, size, keys, stride, target, 4 * out.shape[1])
+            head += 4
+        elif left == 3:
+            _scores_3(query, size, keys, stride, target, 4 * out.shape[1])
+            head += 3
+        elif left == 2:
+            _scores_2(query, size, keys, stride, target, 4 * out.shape[1])
+            head += 2
+        else:
+            _scores_1(query, size, keys, stride, target, 4 * out.shape[1])
+            head += 1
+
+
+@_inline
+def _weigh(weights: Any, first: int, values: int, stride: int, count: int, out: Any) -> None:
+    """out [G, D] += weights [G, first … first + count] · values [count, D] at this address."""
+    heads, size = out.shape
+    head = 0
+    while head < heads:
+        weight = weights.ctypes.data + 4 * (head * weights.shape[1] + first)
+        left = heads - head
+        for part in range(0, size, PANEL):
+            value = values + 2 * part
+            target = out.ctypes.data + 4 * (head * size + part)
+            width = 4 * weights.shape[1]
+            if left >= 4:
+                _weigh_4(weight, width, value, stride, count, target, 4 * size)
+            elif left == 3:
+                _weigh_3(weight, width, value, stride, count, target, 4 * size)
+            elif left == 2:
+                _weigh_2(weight, width, value, stride, count, target, 4 * size)
+            else:
+                _weigh_1(weight, width, value, stride, count, target, 4 * size)
+        head += min(left, 4)
 
 
 @_inline
 def _attend(
-    query: Any,
-    keys: Any,
-    values: Any,
+    queries: Any,
+    keys: int,
+    values: int,
+    page_bytes: int,
     table: Any,
     page_size: int,
-    scale: np.float32,
+    value_stride: int,
+    context: int,
     scores: Any,
     out: Any,
 ) -> None:
-    """One token's heads that share a KV head: out [G, D] = softmax(scale · q Kᵀ) V.
+    """The heads of one token that share a KV head: out [G, D] = softmax(q Kᵀ) V.
 
-    query [G, D]; keys and values [slots, D]; scores [G, context] is overwritten.
+    queries [G, D] are scaled already. keys and values are the addresses of this head in page 0.
+    scores [G, context rounded up to LANES] is overwritten.
     """
-    heads, context = scores.shape
-    for position in range(context):
-        slot = table[position // page_size] * page_size + position % page_size
-        for head in range(heads):
-            scores[head, position] = scale * _dot(query[head], keys[slot])
-    out[:] = 0
+    heads, size = queries.shape
+    for first in range(0, context, LANES):
+        page = keys + table[first // page_size] * page_bytes
+        _scores(queries, page + 2 * (first % page_size), 2 * page_size, scores, first)
     for head in range(heads):
-        scores[head] *= _softmax(scores[head])
-    for position in range(context):
-        slot = table[position // page_size] * page_size + position % page_size
-        value = values[slot]
-        for head in range(heads):
-            weight = scores[head, position]
-            for i in range(len(value)):
-                out[head, i] += weight * _from_bfloat16(value[i])
+        _softmax(scores[head, :context])
+    out[:] = 0
+    for first in range(0, context, page_size):
+        page = values + table[first // page_size] * page_bytes
+        count = min(page_size, context - first)
+        _weigh(scores, first, page, value_stride, count, out)
 
 
 @_inline
@@ -362,27 +400,28 @@ def _attention(step: Any, thread: int, layer: Any, projected: Any, outputs: Any)
     """Attention of every token over its sequence's pages, quantised as the next inputs."""
     codes, scales, offsets = outputs
     size, group = step.head_dim, step.heads // step.kv_heads
-    keys, values = _pages(layer.keys, step), _pages(layer.values, step)
     positions = carray(pointer(step.positions), step.rows, np.int64)
     sequences = carray(pointer(step.sequences), step.rows, np.int64)
     tables = carray(pointer(step.tables), (step.num_sequences, step.table_width), np.int32)
     scratch = _scratch(step, thread)
     width = group * size
     out = scratch[:width].reshape(group, size)
+    page_bytes = 2 * step.page_size * step.kv_heads * size
     for task in range(thread, step.rows * step.kv_heads, step.threads):
         row, head = task // step.kv_heads, task % step.kv_heads
         context = positions[row] + 1
-        scores = scratch[width : width + group * context].reshape(group, context)
+        padded = (context + LANES - 1) // LANES * LANES
         first = head * width
-        query = projected[row, first : first + width].reshape(group, size)
         _attend(
-            query,
-            keys[:, head],
-            values[:, head],
+            projected[row, first : first + width].reshape(group, size),
+            layer.keys + 2 * head * size * step.page_size,
+            layer.values + 2 * head * size,
+            page_bytes,
             tables[sequences[row]],
             step.page_size,
-            step.attention_scale,
-            scores,
+            2 * step.kv_heads * size,
+            context,
+            scratch[width : width + group * padded].reshape(group, padded),
             out,
         )
         _quantise(

@@ -170,6 +170,155 @@ def make_tile(rows: int, vnni: bool) -> Callable[..., None]:
     return tile
 
 
+def _widen(builder: Any, base: Any, offset: Any) -> Any:
+    """LANES bfloat16s as float32: their bits are the upper half of a float's."""
+    halves = _load(builder, base, offset, ir.VectorType(_I16, LANES), 2)
+    shift = ir.Constant(_INTS, [16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(halves, _INTS), shift), _FLOATS)
+
+
+def _loop(
+    builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Run body(index, vectors) → vectors `count` times, at least once; return the last."""
+    entry = builder.block
+    loop = builder.append_basic_block("loop")
+    done = builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    index = builder.phi(_I64)
+    index.add_incoming(ir.Constant(_I64, 0), entry)
+    carried = [builder.phi(value.type) for value in start]
+    results = body(index, carried)
+    following = builder.add(index, ir.Constant(_I64, 1))
+    index.add_incoming(following, loop)
+    for phi, first, result in zip(carried, start, results, strict=True):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(result, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    builder.position_at_end(done)
+    return results
+
+
+def make_scores(heads: int) -> Callable[..., None]:
+    """A kernel for the scores of `heads` queries with LANES keys.
+
+    scores(queries, size, keys, stride, out, out_stride) takes addresses, sizes in elements and
+    the strides in bytes: queries float32 [heads, size], keys bfloat16 [size, LANES] where stride
+    leads from one dimension to the next, size even. It writes float32 out [heads, LANES].
+    """
+
+    @intrinsic
+    def scores(
+        typing_context: Any,
+        queries: Any,
+        size: Any,
+        keys: Any,
+        stride: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            queries, size, keys, stride, out, out_stride = arguments
+            queries, keys, out = (
+                builder.inttoptr(address, _I8.as_pointer()) for address in (queries, keys, out)
+            )
+            fma = _function(builder, "llvm.fma.v16f32", _FLOATS, [_FLOATS] * 3)
+
+            def body(pair: Any, totals: list[Any]) -> list[Any]:
+                results = []
+                for odd in range(2):  # two chains of sums a head hide the latency
+                    at = builder.add(
+                        builder.shl(pair, ir.Constant(_I64, 1)), ir.Constant(_I64, odd)
+                    )
+                    key = _widen(builder, keys, builder.mul(at, stride))
+                    for head in range(heads):
+                        index = builder.add(builder.mul(size, ir.Constant(_I64, head)), at)
+                        offset = builder.shl(index, ir.Constant(_I64, 2))
+                        query = _splat(builder, _load(builder, queries, offset, _F32, 4), _FLOATS)
+                        results.append(builder.call(fma, [query, key, totals[odd * heads + head]]))
+                return results
+
+            pairs = builder.lshr(size, ir.Constant(_I64, 1))
+            totals = _loop(builder, pairs, [ir.Constant(_FLOATS, None)] * (2 * heads), body)
+            for head in range(heads):
+                total = builder.fadd(totals[head], totals[heads + head])
+                at = builder.gep(out, [builder.mul(out_stride, ir.Constant(_I64, head))])
+                builder.store(total, builder.bitcast(at, _FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return scores
+
+
+def make_weigh(heads: int) -> Callable[..., None]:
+    """A kernel that adds weighted values of a page to `heads` outputs, PANEL dimensions of them.
+
+    weigh(weights, weight_stride, values, stride, count, out, out_stride) takes addresses and, in
+    bytes, strides: weights float32 [heads, count], values bfloat16 [count, PANEL] and out float32
+    [heads, PANEL], to which weights · values is added key by key.
+    """
+    vectors = PANEL // LANES
+
+    @intrinsic
+    def weigh(
+        typing_context: Any,
+        weights: Any,
+        weight_stride: Any,
+        values: Any,
+        stride: Any,
+        count: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            weights, weight_stride, values, stride, count, out, out_stride = arguments
+            weights, values, out = (
+                builder.inttoptr(address, _I8.as_pointer()) for address in (weights, values, out)
+            )
+            fma = _function(builder, "llvm.fma.v16f32", _FLOATS, [_FLOATS] * 3)
+            places = [
+                builder.add(
+                    builder.mul(out_stride, ir.Constant(_I64, head)),
+                    ir.Constant(_I64, 4 * LANES * vector),
+                )
+                for head in range(heads)
+                for vector in range(vectors)
+            ]
+
+            def body(key: Any, totals: list[Any]) -> list[Any]:
+                first = builder.mul(key, stride)
+                value = [
+                    _widen(
+                        builder, values, builder.add(first, ir.Constant(_I64, 2 * LANES * vector))
+                    )
+                    for vector in range(vectors)
+                ]
+                results = []
+                for head in range(heads):
+                    offset = builder.add(
+                        builder.mul(weight_stride, ir.Constant(_I64, head)),
+                        builder.shl(key, ir.Constant(_I64, 2)),
+                    )
+                    weight = _splat(builder, _load(builder, weights, offset, _F32, 4), _FLOATS)
+                    for vector in range(vectors):
+                        total = totals[head * vectors + vector]
+                        results.append(builder.call(fma, [weight, value[vector], total]))
+                return results
+
+            start = [_load(builder, out, place, _FLOATS, 4) for place in places]
+            totals = _loop(builder, count, start, body)
+            for place, total in zip(places, totals, strict=True):
+                at = builder.gep(out, [place])
+                builder.store(total, builder.bitcast(at, _FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return weigh
+
+
 @intrinsic
 def pointer(typing_context: Any, address: Any) -> Any:
     """An address as the pointer that numba.carray takes."""
