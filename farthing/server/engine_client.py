@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "farthing.batching.process")
 ENGINE_ENVIRONMENT = {
-    # OpenMP's threads wait for each other many times a step. One that spins while it waits takes the
+    # OpenMP's threads wait for each other many times a step. One that spins meanwhile takes the
     # core from whoever it waits for as soon as anything else runs here: a tenth of the speed.
     "GOMP_SPINCOUNT": "1000",
     # glibc gives large temporaries back to the system at once; a step would fault them in again.
