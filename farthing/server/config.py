@@ -42,7 +42,8 @@ class SettingsError(Exception):
     """Settings that cannot be used: one line for each, with its name, the fault and the mend."""
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Where fetched models are kept unless --cache-dir says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "farthing"
 
 
@@ -74,7 +75,7 @@ class Settings(BaseModel):
         None, min_length=1, description="the name that requests use; default: the model's own"
     )
     cache_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
-        default_factory=_default_cache,
+        default_factory=default_cache,
         description="where fetched models are kept; default: ~/.cache/farthing",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from transformers import AutoModelForCausalLM
 from farthing.batching.types import Request, SamplingParams
 from farthing.models.interface import Model
 from farthing.models.load import Implementation, load_model
+from farthing.quant.fetch import resolve
+from farthing.server.config import default_cache
 from tests.batching.inprocess import greedy, random_prompt, run, tokens_of
 from tests.checkpoints import Kind, tiny_checkpoint
 
 LENGTH = 24  # tokens generated
-CASES: list[tuple[Kind, Implementation]] = [
+REAL = "smollm2"  # the default model, with its real weights
+CASES: list[tuple[Kind | Literal["smollm2"], Implementation]] = [
+    (REAL, "lean"),
     ("llama", "lean"),
     ("qwen2", "lean"),
     ("qwen3", "lean"),
@@ -38,7 +43,10 @@ class Golden:
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
     kind, implementation = request.param
-    folder = tiny_checkpoint(kind, tmp_path_factory.mktemp(kind), seed=3)
+    if kind == REAL:
+        folder = resolve(None, "huggingface", default_cache())
+    else:
+        folder = tiny_checkpoint(kind, tmp_path_factory.mktemp(kind), seed=3)
     model = load_model(
         folder,
         precision="none",

@@ -104,14 +104,3 @@ def server(logs: Path) -> Iterator[Server]:
         yield running
     finally:
         running.stop()
-
-
-@pytest.fixture(scope="session")
-def exact(logs: Path) -> Iterator[Server]:
-    """The default model in float32, where the same tokens come on every way."""
-    running = Server(logs / "exact.log", "--quantization", "none", "--dtype", "float32")
-    try:
-        running.wait_ready()
-        yield running
-    finally:
-        running.stop()
