@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import venv
@@ -294,6 +295,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("bench/results/cpu_peers.json"))
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped too
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.peers_dir.mkdir(parents=True, exist_ok=True)
     weights = prepare_weights(args.peers_dir)

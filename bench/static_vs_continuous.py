@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -246,6 +247,7 @@ def main() -> int:
     )
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped too
     arrivals = Open(args.rate, args.seed)
     cases: list[tuple[str, Closed | Open, Gate]] = [
         ("static", arrivals, StaticBatch(args.batch, args.wait_ms / 1e3)),
