@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import venv
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 from servers import NotStarted, free_port, running
@@ -123,7 +126,7 @@ def install(peer: Peer, peers_dir: Path) -> Path:
     wanted = " ".join((peer.package, *PINS))
     if stamp.exists() and stamp.read_text() == wanted:
         return environment
-    console.print(f"installing {peer.package} into {environment}")
+    console.print(f"installing {peer.package} into {environment}", markup=False)
     venv.create(environment, with_pip=True, clear=True)
     python = environment / "bin" / "python"
     pins = environment / "pins.txt"
@@ -164,6 +167,7 @@ class Outcome:
     name: str
     package: str
     start_s: float | None = None
+    others_busy: float | None = None  # share of the CPU in use just before it was started
     reason: str | None = None
     by_clients: dict[int, Summary] = field(default_factory=dict)
 
@@ -203,16 +207,17 @@ def load_server(
     """Start a server and load it with each number of clients, as far as it gets."""
     url = f"http://127.0.0.1:{port}"
     log = args.json.parent / f"{outcome.name}.log"
-    console.print(f"starting {outcome.name}")
+    outcome.others_busy = psutil.cpu_percent(interval=3) / 100
+    console.print(f"starting {outcome.name}; other programs keep {outcome.others_busy:.0%} busy")
     try:
         with running(command, url + ready_path, log, variables) as outcome.start_s:
             for clients in args.clients:
                 summary = measure_point(url, model, clients, args)
                 outcome.by_clients[clients] = summary
-                console.print(f"  {clients:3} clients: {describe(summary)}")
+                speed, first = describe(summary)
+                console.print(f"  {clients:3} clients: {speed} tok/s, first token {first} ms")
     except (NotStarted, BenchError) as error:
         outcome.reason = str(error)
-        console.print(f"  {error}", markup=False)
 
 
 def measure_point(url: str, model: str | None, clients: int, args: argparse.Namespace) -> Summary:
@@ -239,38 +244,41 @@ def measure_point(url: str, model: str | None, clients: int, args: argparse.Name
     return summarise(records)
 
 
-def describe(summary: Summary) -> str:
-    """Throughput and p50 of the first token, and whatever keeps them from being comparable."""
-    if summary.ttft is None:
-        return f"all failed: {summary.failures}"
-    text = f"{summary.output_tokens_per_s:,.0f} tok/s, first {summary.ttft.p50 * 1e3:,.0f} ms"
-    return text + (f", failed: {summary.failures}" if summary.failures else "")
+def describe(summary: Summary | None) -> tuple[str, str]:
+    """Throughput and p50 of the first token, in milliseconds; and failures, if there are any."""
+    if summary is None:
+        return "–", "–"
+    failed = f" ({sum(summary.failures.values())} failed)" if summary.failures else ""
+    first = "–" if summary.ttft is None else f"{summary.ttft.p50 * 1e3:,.0f}"
+    return f"{summary.output_tokens_per_s:,.0f}{failed}", first
+
+
+def ratio(ours: Summary | None, theirs: Summary | None) -> tuple[str, str]:
+    if ours is None or theirs is None or ours.ttft is None or theirs.ttft is None:
+        return "–", "–"
+    speed = ours.output_tokens_per_s / theirs.output_tokens_per_s
+    return f"×{speed:.2f}", f"×{ours.ttft.p50 / theirs.ttft.p50:.2f}"
 
 
 def tables(outcomes: Sequence[Outcome], clients: Sequence[int]) -> list[Table]:
     """The figures of each server, and Farthing's ratio over each peer's."""
-    figures = Table(title="output tokens/s, time to first token p50")
-    ratios = Table(title="Farthing over each peer: tokens/s, time to first token")
+    figures = Table(title="output tokens/s, and p50 of the first token in ms, by clients")
+    ratios = Table(
+        title="Farthing over each peer: tokens/s (more is better), first token (less is)"
+    )
     for table in (figures, ratios):
         table.add_column("server")
         for count in clients:
-            table.add_column(f"{count} clients", justify="right")
-    own = outcomes[0].by_clients
+            table.add_column(f"{count}: tok/s", justify="right")
+            table.add_column("first", justify="right")
+    own, *peers = outcomes
     for outcome in outcomes:
-        points = [outcome.by_clients.get(count) for count in clients]
-        cells = [describe(point) if point else outcome.reason or "–" for point in points]
-        figures.add_row(outcome.name, *cells)
-        if outcome is not outcomes[0]:
-            pairs = [(own.get(count), point) for count, point in zip(clients, points, strict=True)]
-            ratios.add_row(outcome.name, *(ratio(ours, theirs) for ours, theirs in pairs))
+        cells = [describe(outcome.by_clients.get(count)) for count in clients]
+        figures.add_row(outcome.name, *itertools.chain(*cells))
+    for peer in peers:
+        pairs = [(own.by_clients.get(count), peer.by_clients.get(count)) for count in clients]
+        ratios.add_row(peer.name, *itertools.chain(*(ratio(*pair) for pair in pairs)))
     return [figures, ratios]
-
-
-def ratio(ours: Summary | None, theirs: Summary | None) -> str:
-    if ours is None or theirs is None or ours.ttft is None or theirs.ttft is None:
-        return "–"
-    speed = ours.output_tokens_per_s / theirs.output_tokens_per_s
-    return f"×{speed:.2f}, ×{ours.ttft.p50 / theirs.ttft.p50:.2f}"
 
 
 def main() -> int:
@@ -287,6 +295,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("bench/results/cpu_peers.json"))
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped too
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.peers_dir.mkdir(parents=True, exist_ok=True)
     weights = prepare_weights(args.peers_dir)
@@ -294,6 +303,9 @@ def main() -> int:
     outcomes += [measure_peer(peer, weights, args) for peer in PEERS if peer.name in args.peers]
     for table in tables(outcomes, args.clients):
         console.print(table)
+    for outcome in outcomes:
+        if outcome.reason is not None:
+            console.print(f"{outcome.name}: {outcome.reason}", markup=False)
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     content = {
         "machine": machine,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from servers import NotStarted, free_port, running
 from farthing.bench.client import BenchError, Record, Target
 from farthing.bench.load import Bounds, Closed, Gate, Open, Plan, Send, measure, no_gate
 from farthing.bench.prompts import Job, Span, Workload
-from farthing.bench.report import Summary, summarise
+from farthing.bench.report import Percentiles, Summary, summarise
 
 console = Console()
 
@@ -100,7 +101,8 @@ class Counters:
     @classmethod
     def read(cls, url: str) -> Counters:
         samples: dict[tuple[str, str], float] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        response = httpx.get(f"{url}/metrics", timeout=30.0)
+        for family in text_string_to_metric_families(response.raise_for_status().text):
             for sample in family.samples:
                 samples[sample.name, sample.labels.get("kind", "")] = sample.value
         time_of = {
@@ -142,9 +144,15 @@ class Point:
     summary: Summary
     counters: Counters
 
-    def per_million(self, cost: float) -> float:
-        """Money for a million output tokens."""
-        return cost / self.summary.output_tokens * 1e6
+    @property
+    def request_cost_per_million(self) -> float:
+        """What requests were charged, prompts and cancelled ones too, over output tokens."""
+        return self.counters.request_cost / self.summary.output_tokens * 1e6
+
+    @property
+    def machine_cost_per_million(self) -> float:
+        """The machine's whole bill over output tokens."""
+        return self.counters.total_cost / self.summary.output_tokens * 1e6
 
 
 def measure_point(name: str, load: Closed | Open, gate: Gate, args: argparse.Namespace) -> Point:
@@ -177,36 +185,47 @@ def measure_point(name: str, load: Closed | Open, gate: Gate, args: argparse.Nam
             )
         )
         after = Counters.read(url)
-    return Point(name, summarise(records), after.since(before[0]))
+    summary = summarise(records)
+    if summary.output_tokens == 0:
+        raise BenchError(f"every request failed: {summary.failures}; its log: {log}")
+    return Point(name, summary, after.since(before[0]))
 
 
 def table(points: Sequence[Point], currency: str) -> Table:
-    result = Table(title=f"device busy and cost ({currency} per 1M output tokens)")
-    result.add_column("load")
-    for name in (
-        *("tok/s", "first p50", "end p50", "end p99", "device", "overhead", "idle"),
-        *("tok/step", "requests", "whole machine", "failed"),
-    ):
-        result.add_column(name, justify="right")
+    result = Table(title="how busy, and what a token costs")
+    result.add_column("")
     for point in points:
-        summary, counters = point.summary, point.counters
-        if summary.ttft is None or summary.e2e is None:
-            result.add_row(point.name, f"all failed: {summary.failures}")
-            continue
-        result.add_row(
-            point.name,
-            f"{summary.output_tokens_per_s:,.0f}",
-            *(f"{s:,.2f} s" for s in (summary.ttft.p50, summary.e2e.p50, summary.e2e.p99)),
-            *(
-                f"{seconds / counters.wall_s:.0%}"
-                for seconds in (counters.device_s, counters.overhead_s, counters.idle_s)
-            ),
-            f"{counters.step_tokens / counters.steps:.1f}",
-            f"{point.per_million(counters.request_cost):,.4g}",
-            f"{point.per_million(counters.total_cost):,.4g}",
-            str(sum(summary.failures.values())),
-        )
+        result.add_column(point.name, justify="right")
+
+    def row(name: str, figure: Callable[[Point], str]) -> None:
+        result.add_row(name, *map(figure, points))
+
+    row("output tokens/s", lambda point: f"{point.summary.output_tokens_per_s:,.1f}")
+    row("first token p50, s", lambda point: seconds(point.summary.ttft, "p50"))
+    row("end to end p50, s", lambda point: seconds(point.summary.e2e, "p50"))
+    row("end to end p99, s", lambda point: seconds(point.summary.e2e, "p99"))
+    row("failed", lambda point: str(sum(point.summary.failures.values())))
+    row("device", lambda point: f"{point.counters.device_s / point.counters.wall_s:.0%}")
+    row("overhead", lambda point: f"{point.counters.overhead_s / point.counters.wall_s:.0%}")
+    row("idle", lambda point: f"{point.counters.idle_s / point.counters.wall_s:.0%}")
+    row("tokens a step", lambda point: f"{point.counters.step_tokens / point.counters.steps:.1f}")
+    money = f"{currency} per 1M output tokens"
+    row(f"requests, {money}", lambda point: f"{point.request_cost_per_million:,.4g}")
+    row(f"machine, {money}", lambda point: f"{point.machine_cost_per_million:,.4g}")
     return result
+
+
+def seconds(percentiles: Percentiles | None, name: str) -> str:
+    return "–" if percentiles is None else f"{getattr(percentiles, name):,.2f}"
+
+
+def compare(point: Point, baseline: Point) -> str:
+    requests = point.request_cost_per_million / baseline.request_cost_per_million - 1
+    machine = point.machine_cost_per_million / baseline.machine_cost_per_million - 1
+    return (
+        f"{point.name} against {baseline.name}: an output token costs {requests:+.0%} in what "
+        f"requests are charged, {machine:+.0%} in the machine's bill"
+    )
 
 
 def main() -> int:
@@ -228,6 +247,7 @@ def main() -> int:
     )
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped too
     arrivals = Open(args.rate, args.seed)
     cases: list[tuple[str, Closed | Open, Gate]] = [
         ("static", arrivals, StaticBatch(args.batch, args.wait_ms / 1e3)),
@@ -237,10 +257,14 @@ def main() -> int:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     try:
         points = [measure_point(*case, args) for case in cases]
-    except (NotStarted, BenchError) as error:
+    except (NotStarted, BenchError, httpx.HTTPError) as error:
         print(f"static_vs_continuous: {error}", file=sys.stderr)
         return 2
     console.print(table(points, args.currency))
+    static, continuous, *by_clients = points
+    console.print(compare(continuous, static))
+    for point in by_clients[1:]:
+        console.print(compare(point, by_clients[0]))
     settings = {name: str(value) for name, value in vars(args).items()}
     content = {"settings": settings, "points": [asdict(point) for point in points]}
     args.json.write_text(json.dumps(content, indent=2) + "\n")
