@@ -47,7 +47,6 @@ _CODES: dict[QuantType, tuple[float, ...]] = {"nf4": _NF4, "fp4": _FP4}
 
 _KERNEL_ROWS = (8, 16, 32, 64)  # rows of x a launch computes; fewer are padded with zeros
 _HOPPER = "sm_90a"  # has bulk copies and wgmma; other architectures take the kernel's other half
-_SPARE_SHARED = 8 << 10
 _TILE_ROWS = TILE_BLOCKS * BLOCK
 _WORKERS = TILE_BLOCKS * 128  # threads that multiply
 # From here on writing the weight out as bf16 and multiplying that is the faster way. Measured on
@@ -307,7 +306,7 @@ class _DevicePlan(NamedTuple):
 
     arch: str
     multiprocessors: int
-    shared_bytes: int  # the most a thread block may have
+    shared_bytes: int
     partials: torch.Tensor  # sums of tiles that several thread blocks share, up to two a block
     arrivals: torch.Tensor  # int32, for each tile how many of them are done; zero between launches
 
@@ -321,23 +320,11 @@ def _device_plan(index: int) -> _DevicePlan:
     return _DevicePlan(
         arch,
         processors,
-        properties.shared_memory_per_block_optin,
-        torch.empty(processors * 4 * _TILE_ROWS * _KERNEL_ROWS[-1], device=device),
+        # On Hopper what stays free lets a small kernel behind start while this one ends.
+        properties.shared_memory_per_block_optin - (8192 if arch == _HOPPER else 0),
+        torch.empty(processors * 2 * _TILE_ROWS * _KERNEL_ROWS[-1], device=device),
         torch.zeros(_MOST_ROWS // _TILE_ROWS, dtype=torch.int32, device=device),
     )
-
-
-def _residency(plan: _DevicePlan, padded_rows: int) -> tuple[int, int]:
-    """Thread blocks that fit on a multiprocessor, and the shared memory each may have.
-
-    On Hopper two fit where registers allow: one launch starts to read its weights while the one
-    before it ends. What stays free lets the small kernels between them start early too.
-    """
-    if plan.arch != _HOPPER:
-        return 1, plan.shared_bytes
-    if padded_rows > 32:
-        return 1, plan.shared_bytes - _SPARE_SHARED
-    return 2, plan.shared_bytes // 2 - _SPARE_SHARED // 2
 
 
 def _launch_linear(
@@ -348,9 +335,8 @@ def _launch_linear(
     padded = next(count for count in _KERNEL_ROWS if rows <= count)
     index = x.device.index
     plan = _device_plan(index)
-    resident, shared_bytes = _residency(plan, padded)
-    defines = (("ROWS", padded), ("SHARED_BYTES", shared_bytes), ("RESIDENT", resident))
-    kernel = cuda.load_kernel("nf4_linear", index, plan.arch, defines, shared_bytes)
+    defines = (("ROWS", padded), ("SHARED_BYTES", plan.shared_bytes))
+    kernel = cuda.load_kernel("nf4_linear", index, plan.arch, defines, plan.shared_bytes)
     depth = weight.columns // BLOCK
     tall_tiles, last_blocks = divmod(math.ceil(weight.rows / BLOCK), TILE_BLOCKS)
     stages = (tall_tiles + (last_blocks > 0)) * depth
@@ -373,10 +359,11 @@ def _launch_linear(
         weight.scale,
         _codebook_bits(weight.quant_type),
     )
-    # Only Hopper reads x through a map.
-    hopper = plan.arch == _HOPPER
-    box = cuda.tensor_map(x, padded, BLOCK) if hopper else (ctypes.c_uint64 * 16)()
-    kernel.launch((grid, 1, 1), _WORKERS, box, argument)
+    if plan.arch == _HOPPER:
+        threads, box = _WORKERS + 32, cuda.tensor_map(x, padded, BLOCK)
+    else:
+        threads, box = _WORKERS, (ctypes.c_uint64 * 16)()
+    kernel.launch((grid, 1, 1), threads, box, argument)
 
 
 def _dequantise_on_cuda(weight: NF4Weight) -> torch.Tensor:

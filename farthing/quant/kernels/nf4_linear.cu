@@ -1,12 +1,11 @@
 // y = x W^T for a bitsandbytes 4-bit W, at the speed of reading W. The layout is nf4.py's.
 //
-// Compiled for ROWS = 8, 16, 32 or 64 rows of x, SHARED_BYTES of shared memory and RESIDENT thread
-// blocks on a multiprocessor.
+// Compiled for ROWS = 8, 16, 32 or 64 rows of x and SHARED_BYTES of shared memory.
 //
 // A tile is 256 rows of W by all of K, cut into stages of 64 columns. The stages of all tiles,
 // in order, are dealt to the grid in equal ranges, so a tile may be shared: each of its thread
-// blocks then leaves a partial sum, and the last adds them up. The order of every sum depends on
-// the shape of W and the grid alone: not on ROWS, not on timing.
+// blocks then leaves a partial sum, and when all are there each adds up its share of the tile. The
+// order of every sum depends on the shape of W and the grid alone: not on ROWS, not on timing.
 //
 // Weights are the tensor core's 16-row operand and x its 8-row one, so 8 rows cost what 1 does.
 // A byte of W is decoded by one look-up into a table of pairs of bf16. On Hopper one warp feeds
@@ -35,9 +34,10 @@ constexpr int WORKERS = TILE_BLOCKS * 128;        // threads that multiply: a wa
 constexpr int COLUMN_TILES = ROWS / 8;
 constexpr int PARTIALS = COLUMN_TILES * WORKERS;  // float4 in a tile's partial sum
 
-// A copy a lane, so that look-ups meet no bank conflict, where the memory is fast.
+// A copy a lane, so that look-ups meet no bank conflict, where shared memory is large and the
+// memory fast; there entries lie 256 bytes apart, which makes an address one byte_perm.
 constexpr int TABLE_COPIES = HOPPER ? 32 : 16;
-constexpr int TABLE_STRIDE = TABLE_COPIES * 4;
+constexpr int TABLE_STRIDE = HOPPER ? 256 : 64;
 constexpr int TABLE_BYTES = 256 * TABLE_STRIDE;
 
 struct alignas(64) TensorMap {
@@ -94,6 +94,12 @@ __device__ void let_next_kernel_start() {
 #endif
 }
 
+__device__ void arrive(u32* count) {  // for all that was written before, and was seen written
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+__device__ void sync_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
+
 __device__ float half_to_float(u32 bits) {
     float value;
     asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(bits));
@@ -122,8 +128,12 @@ __device__ void build_table(const Linear& p, u32 table) {
 }
 
 __device__ u32 look_up(u32 copy, u32 codes, int byte) {
-    u32 pair;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(copy + (codes >> 8 * byte & 255) * TABLE_STRIDE));
+    u32 at, pair;
+    if (TABLE_STRIDE == 256)  // the table is aligned to its 64 KB
+        at = __byte_perm(codes, copy, 0x7604 | byte << 4);
+    else
+        at = copy + (codes >> 8 * byte & 255) * TABLE_STRIDE;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
     return pair;
 }
 
@@ -163,6 +173,7 @@ struct Place {
 // For each 8 rows of x: rows g, g, g + 8, g + 8 of W by rows 2t, 2t + 1 of x.
 using Accumulator = float[COLUMN_TILES * 4];
 
+// Absmax multiply the sum over a block's 64 columns rather than each weight.
 __device__ void add_scaled(float* sum, const float* d, float2 scale) {
     sum[0] += scale.x * d[0];
     sum[1] += scale.x * d[1];
@@ -171,6 +182,12 @@ __device__ void add_scaled(float* sum, const float* d, float2 scale) {
 }
 
 // ---- the end of a tile ----
+
+constexpr u32 BATCH = 12;  // partial sums on their way at once
+
+__device__ void add(float4& sum, float4 more) {
+    sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+}
 
 __device__ float4 four(const float* sum) { return {sum[0], sum[1], sum[2], sum[3]}; }
 
@@ -196,60 +213,66 @@ __device__ float4* partial(const Linear& p, u32 cta, bool begins_tile) {
     return p.partials + (u64)(2 * cta + begins_tile) * PARTIALS;
 }
 
-// Whether this block is the last of `sharers` to leave its part of a tile.
-__device__ bool last_to_arrive(const Linear& p, u32 tile, u32 sharers) {
-    bool last = false;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicInc(p.arrivals + tile, sharers - 1) == sharers - 1;  // back to zero if so
-        __threadfence();
-    }
-    return __syncthreads_or(last);
-}
-
-// Leaves this block's part of a tile; whoever comes last adds up all parts, in order.
-__device__ void share(const Linear& p, u32 tile, const Accumulator& sum) {
+// Adds up this block's share of a tile when all its sharers have left their partial sums.
+__device__ void add_up(const Linear& p, u32 tile) {
     u32 first = owner(p, tile * p.depth);
     u32 sharers = owner(p, (tile + 1) * p.depth - 1) - first + 1;
-    float4* own = partial(p, blockIdx.x, blockIdx.x == first) + threadIdx.x;
-#pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c) own[c * WORKERS] = four(sum + 4 * c);
-    if (!last_to_arrive(p, tile, sharers)) return;
-    for (int c = 0; c < COLUMN_TILES; ++c) {
-        const float4* part = partial(p, first, true) + c * WORKERS + threadIdx.x;
-        float4 total = __ldcg(part);
+    if (threadIdx.x == 0) {
+        u32 arrived;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                        : "=r"(arrived) : "l"(p.arrivals + tile) : "memory");
+        while (arrived < sharers);
+        atomicInc(p.arrivals + tile, 2 * sharers - 1);  // the last to leave takes it back to zero
+    }
+    u32 share = blockIdx.x - first, end = (share + 1) * PARTIALS / sharers;
+    sync_workers();
+    for (u32 i = share * PARTIALS / sharers + threadIdx.x; i < end; i += WORKERS) {
+        const float4* part = partial(p, first, true) + i;
+        float4 sum = __ldcg(part);
         part += PARTIALS;  // every later block took the tile over
-#pragma unroll 8
-        for (u32 i = 1; i < sharers; ++i, part += 2 * PARTIALS) {
-            float4 more = __ldcg(part);
-            total = {total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w};
+        for (u32 j = 1; j < sharers; j += BATCH, part += BATCH * 2 * PARTIALS) {
+            float4 more[BATCH];
+#pragma unroll
+            for (u32 b = 0; b < BATCH; ++b)
+                more[b] = j + b < sharers ? __ldcg(part + b * 2 * PARTIALS) : float4{};
+#pragma unroll
+            for (u32 b = 0; b < BATCH; ++b) add(sum, more[b]);
         }
-        store(p, tile, c, threadIdx.x, total);
+        store(p, tile, i / WORKERS, i % WORKERS, sum);
     }
 }
 
 // What the workers of a block do. A ring waits for a stage, multiplies or skips it and frees it.
 template <class Ring>
 __device__ void work(const Linear& p, Ring& ring) {
-    u32 end = first_of(p, blockIdx.x + 1);
-    for (u32 stage = first_of(p, blockIdx.x); stage < end;) {
-        u32 tile = stage / p.depth;
-        u32 stop = min(end, (tile + 1) * p.depth);
+    u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
+    u32 first = begin / p.depth, last = (end - 1) / p.depth;
+    bool shares_first = begin > first * p.depth || end < (first + 1) * p.depth;
+    bool shares_last = last > first && end < (last + 1) * p.depth;
+    for (u32 tile = first; tile <= last; ++tile) {
+        u32 from = max(begin, tile * p.depth), to = min(end, (tile + 1) * p.depth);
         Accumulator sum = {};
-        if (threadIdx.x / 128 < blocks_in(p, stage))
-            for (u32 left = stop - stage; left > 0; --left) ring.multiply(sum);
+        if (threadIdx.x / 128 < blocks_in(p, from))
+            ring.multiply(to - from, sum);
         else
-            for (u32 left = stop - stage; left > 0; --left) ring.skip();
-        if (stop - stage < p.depth) {
-            share(p, tile, sum);
-        } else {
+            for (u32 left = to - from; left > 0; --left) ring.skip();
+        bool whole = to - from == p.depth;
+        float4* part = partial(p, blockIdx.x, from == tile * p.depth) + threadIdx.x;
 #pragma unroll
-            for (int c = 0; c < COLUMN_TILES; ++c)
+        for (int c = 0; c < COLUMN_TILES; ++c) {
+            if (whole)
                 store(p, tile, c, threadIdx.x, four(sum + 4 * c));
+            else
+                part[c * WORKERS] = four(sum + 4 * c);
         }
-        stage = stop;
     }
+    sync_workers();
+    if (threadIdx.x == 0) {
+        if (shares_first) arrive(p.arrivals + first);
+        if (shares_last) arrive(p.arrivals + last);
+    }
+    if (shares_first) add_up(p, first);
+    if (shares_last) add_up(p, last);
 }
 
 #if HOPPER
@@ -331,91 +354,94 @@ __device__ void wgmma(float (&d)[32], const u32 (&a)[4], u64 b, int add) {
 
 // Where a K-major operand of 128-byte swizzled rows lies: eight rows are 1024 bytes.
 __device__ u64 swizzled_operand(u32 at) {
-    return (u64)((1024 >> 4) | 1u << 30) << 32 | 1u << 16 | at >> 4;
+    u32 low = __shfl_sync(~0u, 1u << 16 | at >> 4, 0);  // tells the compiler that it is uniform
+    return (u64)((1024 >> 4) | 1u << 30) << 32 | low;
 }
 
-constexpr int LAG = 2;
-constexpr int STAGES = (SHARED_BYTES - TABLE_BYTES) / (X_BYTES + WEIGHT_BYTES + 16);
-static_assert(STAGES > LAG, "a ring");
+// x and the barriers lie before the table, whose alignment leaves them 63 KB; weights after it.
+constexpr int FRONT_BYTES = TABLE_BYTES - 1024;
+constexpr int STAGES_OF_X = (FRONT_BYTES - 512) / X_BYTES;
+constexpr int STAGES_OF_WEIGHTS = (SHARED_BYTES - FRONT_BYTES - TABLE_BYTES) / WEIGHT_BYTES;
+constexpr int STAGES = STAGES_OF_X < STAGES_OF_WEIGHTS ? STAGES_OF_X : STAGES_OF_WEIGHTS;
+static_assert(STAGES >= 4 && STAGES * 16 <= 512, "a ring, and room for its barriers");
 
 struct Shared {  // addresses
-    u32 start;
+    u32 start, table;
 
-    __device__ u32 x(int slot) const { return start + slot * X_BYTES; }  // multiples of 1024
-    __device__ u32 table() const { return x(STAGES); }
-    __device__ u32 weights(int slot) const { return table() + TABLE_BYTES + slot * WEIGHT_BYTES; }
-    __device__ u32 full(int slot) const { return weights(STAGES) + slot * 8; }
+    __device__ Shared(const u8* memory)
+        : start(shared_address(memory)),
+          table((start + TABLE_BYTES - 1) & ~(u32)(TABLE_BYTES - 1)) {
+        if (table - start < FRONT_BYTES) __trap();
+    }
+    __device__ u32 x(int slot) const { return start + slot * X_BYTES; }
+    __device__ u32 full(int slot) const { return x(STAGES) + slot * 8; }
     __device__ u32 empty(int slot) const { return full(STAGES) + slot * 8; }
+    __device__ u32 weights(int slot) const { return table + TABLE_BYTES + slot * WEIGHT_BYTES; }
 };
 
 struct Position {  // in the ring
     int slot = 0;
     u32 parity = 0;
-    int used = 0;
 
     __device__ void advance() {
         if (++slot == STAGES) slot = 0, parity ^= 1;
-        ++used;
-    }
-    __device__ Position back(int steps) const {
-        return slot >= steps ? Position{slot - steps, parity} : Position{slot - steps + STAGES, parity ^ 1};
     }
 };
 
-// The ring is fed by thread 0, which asks again for a slot LAG stages after its use, when the other
-// warps are done with it.
+// One thread: weights are asked for at once, x only when the kernel before has written it.
+__device__ void feed(const Linear& p, const TensorMap* map, const Shared& shared) {
+    u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
+    int column = begin % p.depth * SIDE;
+    auto ask_weights = [&](u32 stage, int slot) {
+        int bytes = blocks_in(p, stage) * BLOCK_BYTES;
+        barrier_expect(shared.full(slot), bytes + X_BYTES);
+        copy_weights(shared.weights(slot), weights_of(p, stage), bytes, shared.full(slot));
+    };
+    auto ask_x = [&](int slot) {
+        copy_x(shared.x(slot), map, column, shared.full(slot));
+        column = column + SIDE == p.k ? 0 : column + SIDE;
+    };
+    u32 ahead = min(STAGES, end - begin);
+    for (u32 i = 0; i < ahead; ++i) ask_weights(begin + i, i);
+    wait_for_previous_kernel();
+    for (u32 i = 0; i < ahead; ++i) ask_x(i);
+    Position at;
+    for (u32 stage = begin + ahead; stage < end; ++stage) {
+        barrier_wait(shared.empty(at.slot), at.parity);
+        ask_weights(stage, at.slot);
+        ask_x(at.slot);
+        at.advance();
+    }
+}
+
 struct BulkRing {
-    const Linear& p;
-    const TensorMap* map;
     Shared shared;
     Place place;
     Position at;
-    u32 next, end;  // thread 0: the stage to ask for next, and where to stop
-    int column;     // and its column in x
 
-    __device__ void ask_weights(int slot) {
-        int bytes = blocks_in(p, next) * BLOCK_BYTES;
-        barrier_expect(shared.full(slot), bytes + X_BYTES);
-        copy_weights(shared.weights(slot), weights_of(p, next), bytes, shared.full(slot));
-        ++next;
-    }
+    __device__ BulkRing(const Shared& shared) : shared(shared), place(shared.table) {}
 
-    __device__ void ask_x(int slot) {
-        copy_x(shared.x(slot), map, column, shared.full(slot));
-        column = column + SIDE == p.k ? 0 : column + SIDE;
-    }
-
-    __device__ u32 take() {
-        if (threadIdx.x == 0 && next < end && at.used >= LAG) {
-            Position freed = at.back(LAG);
-            barrier_wait(shared.empty(freed.slot), freed.parity);
-            ask_weights(freed.slot);
-            ask_x(freed.slot);
+    __device__ void multiply(int stages, Accumulator& sum) {
+        for (; stages > 0; --stages) {
+            barrier_wait(shared.full(at.slot), at.parity);
+            u32 a[4][4];
+            float d[COLUMN_TILES * 4];
+            place.decode(shared.weights(at.slot), a);
+            float2 scale = place.row_scales(shared.weights(at.slot));
+            u64 x = swizzled_operand(shared.x(at.slot));
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int s = 0; s < 4; ++s) wgmma(d, a[s], x + 2 * s, s > 0);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c) add_scaled(sum + 4 * c, d + 4 * c, scale);
+            free();
         }
-        __syncwarp();
-        barrier_wait(shared.full(at.slot), at.parity);
-        return shared.weights(at.slot);
-    }
-
-    __device__ void multiply(Accumulator& sum) {
-        u32 weights = take();
-        u32 a[4][4];
-        float d[COLUMN_TILES * 4];
-        place.decode(weights, a);
-        float2 scale = place.row_scales(weights);
-        u64 x = swizzled_operand(shared.x(at.slot));
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int s = 0; s < 4; ++s) wgmma(d, a[s], x + 2 * s, s > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        for (int c = 0; c < COLUMN_TILES; ++c) add_scaled(sum + 4 * c, d + 4 * c, scale);
-        free();
     }
 
     __device__ void skip() {
-        take();
+        barrier_wait(shared.full(at.slot), at.parity);
         free();
     }
 
@@ -426,30 +452,29 @@ struct BulkRing {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WORKERS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     nf4_linear(const __grid_constant__ TensorMap map, const __grid_constant__ Linear p) {
     extern __shared__ __align__(1024) u8 memory[];
     let_next_kernel_start();
-    Shared shared{shared_address(memory)};
-    u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
-    BulkRing ring{p, &map, shared, Place(shared.table()), {}, begin, end};
-    int ahead = min(STAGES, end - begin);
-    if (threadIdx.x == 0) {
+    Shared shared(memory);
+    if (threadIdx.x == WORKERS) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared.full(i), 1);
             barrier_init(shared.empty(i), WORKERS / 32);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        for (int i = 0; i < ahead; ++i) ring.ask_weights(i);
     }
-    build_table(p, shared.table());
     __syncthreads();
-    wait_for_previous_kernel();
-    ring.column = begin % p.depth * SIDE;
-    if (threadIdx.x == 0)
-        for (int i = 0; i < ahead; ++i) ring.ask_x(i);
-    work(p, ring);
+    if (threadIdx.x == WORKERS) {
+        feed(p, &map, shared);
+    } else if (threadIdx.x < WORKERS) {
+        // x, which is asked for after the kernel before has ended, orders all that follows.
+        build_table(p, shared.table);
+        sync_workers();
+        BulkRing ring(shared);
+        work(p, ring);
+    }
 }
 
 #else
@@ -469,7 +494,7 @@ __device__ void load_matrices(u32 row, u32 (&r)[4]) {
                  : "r"(row) : "memory");
 }
 
-__device__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+__device__ void mma(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
         " {%8, %9}, {%0, %1, %2, %3};"
@@ -513,8 +538,11 @@ struct AsyncRing {
         ++next, ++asked;
     }
 
-    __device__ void multiply(Accumulator& sum) {
-        u32 stage = take();
+    __device__ void multiply(int stages, Accumulator& sum) {
+        for (; stages > 0; --stages) multiply_one(take(), sum);
+    }
+
+    __device__ void multiply_one(u32 stage, Accumulator& sum) {
         u32 a[4][4];
         place.decode(stage + X_BYTES, a);
         float2 scale = place.row_scales(stage + X_BYTES);
@@ -544,7 +572,7 @@ struct AsyncRing {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WORKERS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(WORKERS, 1)
     nf4_linear(const __grid_constant__ TensorMap, const __grid_constant__ Linear p) {
     extern __shared__ __align__(1024) u8 memory[];
     u32 table = shared_address(memory);
