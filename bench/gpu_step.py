@@ -62,11 +62,19 @@ def check(name: str, n: int, k: int) -> float:
 
 
 def nf4_layers(layers: int) -> Layers:
-    def linear(n: int, k: int) -> Linear:
-        weight = random_weight(n, k)
-        return lambda x: nf4_linear(x, weight)
+    names = list(LAYER) * layers
+    weights = [random_weight(*LAYER[name]) for name in names]
 
-    return [{name: linear(*shape) for name, shape in LAYER.items()} for _ in range(layers)]
+    def linear(index: int) -> Linear:
+        upcoming = weights[(index + 1) % len(weights)]
+        return lambda x: nf4_linear(x, weights[index], upcoming=upcoming)
+
+    linears = [linear(index) for index in range(len(names))]
+    width = len(LAYER)
+    return [
+        dict(zip(LAYER, linears[first : first + width], strict=True))
+        for first in range(0, len(names), width)
+    ]
 
 
 def bitsandbytes_layers(layers: int) -> Layers:

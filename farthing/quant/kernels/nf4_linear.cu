@@ -51,6 +51,8 @@ struct Linear {
     u16* y;                // bf16 [rows, n]
     float4* partials;      // [grid][2][PARTIALS]
     u32* arrivals;         // [tiles], all zero between launches
+    const u8* next_weight; // what a later launch will read, or null
+    u64 next_bytes;
     int rows, n, k;
     u32 depth;             // stages in a tile
     u32 stages;            // in all tiles
@@ -388,6 +390,19 @@ struct Position {  // in the ring
     }
 };
 
+// The memory would idle from here until the next launch asks; so begin to bring its weights into
+// the L2 cache, for each block as much as fills its ring.
+__device__ void prefetch_next(const Linear& p) {
+    u64 lines = p.next_bytes / 128;
+    u64 from = lines * blockIdx.x / gridDim.x, to = lines * (blockIdx.x + 1) / gridDim.x;
+    to = min(to, from + STAGES * WEIGHT_BYTES / 128);
+    for (; from < to; from += WEIGHT_BYTES / 128) {
+        u32 bytes = (u32)min(to - from, (u64)WEIGHT_BYTES / 128) * 128;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.next_weight + from * 128),
+                     "r"(bytes));
+    }
+}
+
 // One thread: weights are asked for at once, x only when the kernel before has written it.
 __device__ void feed(const Linear& p, const TensorMap* map, const Shared& shared) {
     u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
@@ -404,6 +419,7 @@ __device__ void feed(const Linear& p, const TensorMap* map, const Shared& shared
     u32 ahead = min(STAGES, end - begin);
     for (u32 i = 0; i < ahead; ++i) ask_weights(begin + i, i);
     wait_for_previous_kernel();
+    let_next_kernel_start();  // not before: preparing that would delay this
     for (u32 i = 0; i < ahead; ++i) ask_x(i);
     Position at;
     for (u32 stage = begin + ahead; stage < end; ++stage) {
@@ -412,6 +428,7 @@ __device__ void feed(const Linear& p, const TensorMap* map, const Shared& shared
         ask_x(at.slot);
         at.advance();
     }
+    if (p.next_weight) prefetch_next(p);
 }
 
 struct BulkRing {
@@ -455,7 +472,6 @@ struct BulkRing {
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     nf4_linear(const __grid_constant__ TensorMap map, const __grid_constant__ Linear p) {
     extern __shared__ __align__(1024) u8 memory[];
-    let_next_kernel_start();
     Shared shared(memory);
     if (threadIdx.x == WORKERS) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
