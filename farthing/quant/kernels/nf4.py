@@ -231,12 +231,16 @@ def _common_scale(absmax: torch.Tensor) -> float:
 
 
 def nf4_linear(
-    x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: NF4Weight,
+    bias: torch.Tensor | None = None,
+    upcoming: NF4Weight | None = None,
 ) -> torch.Tensor:
     """x W^T + bias for x [..., K], as [..., N] in x's type.
 
     On a GPU x and bias are bfloat16; up to 256 rows W is read as it is, and a row's result depends
     on neither the rows beside it nor their number. Sums are in fp32, in an order W's shape fixes.
+    `upcoming`, the weight that the next call will read, is only a hint: its reading starts early.
     Calls share a workspace, so they must follow one another in one stream at a time.
 
     Raises:
@@ -254,7 +258,7 @@ def nf4_linear(
     else:
         y, most = flat.new_empty(flat.shape[0], weight.rows), _KERNEL_ROWS[-1]
         for part, out in zip(torch.split(flat, most), torch.split(y, most), strict=True):
-            _launch_linear(part, weight, bias, out)
+            _launch_linear(part, weight, bias, upcoming, out)
     return y.view(*x.shape[:-1], weight.rows)
 
 
@@ -276,9 +280,15 @@ class _Linear(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
         ("arrivals", ctypes.c_void_p),
+        ("next_weight", ctypes.c_void_p),
+        ("next_bytes", ctypes.c_uint64),
         ("rows", ctypes.c_int),
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
+        ("depth", ctypes.c_uint32),
+        ("stages", ctypes.c_uint32),
+        ("tall_stages", ctypes.c_uint32),
+        ("last_blocks", ctypes.c_uint32),
         ("scale", ctypes.c_float),
         ("codebook", ctypes.c_uint16 * 16),
     )
@@ -324,7 +334,11 @@ def _device_plan(index: int) -> _DevicePlan:
 
 
 def _launch_linear(
-    x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None, y: torch.Tensor
+    x: torch.Tensor,
+    weight: NF4Weight,
+    bias: torch.Tensor | None,
+    upcoming: NF4Weight | None,
+    y: torch.Tensor,
 ) -> None:
     """One launch for up to 64 rows; x [rows, K] and y [rows, N] are contiguous."""
     rows = x.shape[0]
@@ -333,7 +347,9 @@ def _launch_linear(
     plan = _device_plan(index)
     defines = (("ROWS", padded), ("SHARED_BYTES", plan.shared_bytes))
     kernel = cuda.load_kernel("nf4_linear", index, plan.arch, defines, plan.shared_bytes)
-    stages = math.ceil(weight.rows / _TILE_ROWS) * (weight.columns // BLOCK)
+    depth = weight.columns // BLOCK
+    tall_tiles, last_blocks = divmod(math.ceil(weight.rows / BLOCK), TILE_BLOCKS)
+    stages = (tall_tiles + (last_blocks > 0)) * depth
     # Depends on the shape alone: it decides the order of the sums.
     grid = min(plan.multiprocessors, math.ceil(stages / 4))
     argument = _Linear(
@@ -343,9 +359,15 @@ def _launch_linear(
         y.data_ptr(),
         plan.partials.data_ptr(),
         plan.arrivals.data_ptr(),
+        None if upcoming is None else upcoming.packed.data_ptr(),
+        0 if upcoming is None else upcoming.nbytes,
         rows,
         weight.rows,
         weight.columns,
+        depth,
+        stages,
+        tall_tiles * depth,
+        last_blocks,
         weight.scale,
         _codebook_bits(weight.quant_type),
     )

@@ -3,8 +3,8 @@
 // Compiled for ROWS = 8, 16, 32 or 64 rows of x and SHARED_BYTES of shared memory.
 //
 // A tile is 256 rows of W by all of K, cut into stages of 64 columns. The stages of all tiles,
-// in order, are dealt to the grid in equal ranges, so a tile may be shared: each of its blocks
-// then leaves a partial sum, and once all are there each adds up its share of the tile. The
+// in order, are dealt to the grid in equal ranges, so a tile may be shared: each of its thread
+// blocks then leaves a partial sum, and when all are there each adds up its share of the tile. The
 // order of every sum depends on the shape of W and the grid alone: not on ROWS, not on timing.
 //
 // Weights are the tensor core's 16-row operand and x its 8-row one, so 8 rows cost what 1 does.
@@ -35,7 +35,7 @@ constexpr int COLUMN_TILES = ROWS / 8;
 constexpr int PARTIALS = COLUMN_TILES * WORKERS;  // float4 in a tile's partial sum
 
 // A copy a lane, so that look-ups meet no bank conflict, where shared memory is large and the
-// memory fast; there the entries lie 256 bytes apart, which makes an address one byte_perm.
+// memory fast; there entries lie 256 bytes apart, which makes an address one byte_perm.
 constexpr int TABLE_COPIES = HOPPER ? 32 : 16;
 constexpr int TABLE_STRIDE = HOPPER ? 256 : 64;
 constexpr int TABLE_BYTES = 256 * TABLE_STRIDE;
@@ -51,33 +51,33 @@ struct Linear {
     u16* y;                // bf16 [rows, n]
     float4* partials;      // [grid][2][PARTIALS]
     u32* arrivals;         // [tiles], all zero between launches
+    const u8* next_weight; // what a later launch will read, or null
+    u64 next_bytes;
     int rows, n, k;
+    u32 depth;             // stages in a tile
+    u32 stages;            // in all tiles
+    u32 tall_stages;       // of them, those four blocks tall: all but those of a ragged last tile
+    u32 last_blocks;       // blocks side by side in the others
     float scale;           // a power of two that the fp16 scales leave out
     u16 codebook[16];      // bf16
 };
 
 // ---- which stages are whose ----
 
-struct Schedule {
-    u32 depth, total;  // stages in a tile, and in all
+// Block `cta` of the grid has stages first_of(cta) to first_of(cta + 1).
+__device__ u32 first_of(const Linear& p, u32 cta) { return cta * p.stages / gridDim.x; }
 
-    __device__ Schedule(const Linear& p)
-        : depth(p.k / SIDE), total((p.n + TILE_ROWS - 1) / TILE_ROWS * depth) {}
-
-    __device__ int begin(u32 cta) const { return cta * total / gridDim.x; }
-    __device__ int owner(u32 stage) const { return ((stage + 1) * gridDim.x - 1) / total; }
-    __device__ int tile(u32 stage) const { return stage / depth; }
-    __device__ int first_stage(u32 tile) const { return tile * depth; }
-};
-
-__device__ int blocks_in_tile(const Linear& p, int tile) {
-    return min(TILE_BLOCKS, (p.n + SIDE - 1) / SIDE - tile * TILE_BLOCKS);
+__device__ u32 owner(const Linear& p, u32 stage) {
+    return ((stage + 1) * gridDim.x - 1) / p.stages;
 }
 
-__device__ const u8* stage_weights(const Linear& p, const Schedule& s, int stage) {
-    int tile = s.tile(stage), first = s.first_stage(tile);
-    long long blocks = (long long)first * TILE_BLOCKS;
-    return p.weight + (blocks + (stage - first) * blocks_in_tile(p, tile)) * BLOCK_BYTES;
+__device__ u32 blocks_in(const Linear& p, u32 stage) {
+    return stage < p.tall_stages ? TILE_BLOCKS : p.last_blocks;
+}
+
+__device__ const u8* weights_of(const Linear& p, u32 stage) {
+    u32 tall = min(stage, p.tall_stages);
+    return p.weight + (u64)tall * WEIGHT_BYTES + (stage - tall) * p.last_blocks * BLOCK_BYTES;
 }
 
 // ---- small instructions ----
@@ -94,6 +94,10 @@ __device__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+__device__ void arrive(u32* count) {  // for all that was written before, and was seen written
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
 __device__ void sync_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
@@ -116,11 +120,12 @@ __device__ float from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); 
 
 // Entry b, once a copy: the two weights of byte b as a pair of bf16, the earlier one low.
 __device__ void build_table(const Linear& p, u32 table) {
-    for (int i = threadIdx.x; i < 256 * TABLE_COPIES; i += WORKERS) {
-        int byte = i / TABLE_COPIES;
-        u32 pair = p.codebook[byte >> 4] | (u32)p.codebook[byte & 15] << 16;
-        u32 at = table + byte * TABLE_STRIDE + i % TABLE_COPIES * 4;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+    int copy = threadIdx.x % TABLE_COPIES, late = threadIdx.x / TABLE_COPIES % 16;
+    u32 high = (u32)p.codebook[late] << 16;
+#pragma unroll
+    for (int early = 0; early < 16; ++early) {
+        u32 at = table + (early * 16 + late) * TABLE_STRIDE + copy * 4;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(high | p.codebook[early]) : "memory");
     }
 }
 
@@ -167,20 +172,26 @@ struct Place {
     }
 };
 
-using Accumulator = float[COLUMN_TILES][4];  // rows g, g, g + 8, g + 8; columns 2t, 2t + 1
+// For each 8 rows of x: rows g, g, g + 8, g + 8 of W by rows 2t, 2t + 1 of x.
+using Accumulator = float[COLUMN_TILES * 4];
 
-__device__ void add_scaled(Accumulator& sum, int tile, const float* d, float2 scale) {
-    sum[tile][0] += scale.x * d[0];
-    sum[tile][1] += scale.x * d[1];
-    sum[tile][2] += scale.y * d[2];
-    sum[tile][3] += scale.y * d[3];
+// Absmax multiply the sum over a block's 64 columns rather than each weight.
+__device__ void add_scaled(float* sum, const float* d, float2 scale) {
+    sum[0] += scale.x * d[0];
+    sum[1] += scale.x * d[1];
+    sum[2] += scale.y * d[2];
+    sum[3] += scale.y * d[3];
 }
 
 // ---- the end of a tile ----
 
-__device__ int partial_slot(const Schedule& s, int cta, int tile) {
-    return 2 * cta + (s.begin(cta) <= s.first_stage(tile));  // 0: it took over a tile begun elsewhere
+constexpr u32 BATCH = 12;  // partial sums on their way at once
+
+__device__ void add(float4& sum, float4 more) {
+    sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
 }
+
+__device__ float4 four(const float* sum) { return {sum[0], sum[1], sum[2], sum[3]}; }
 
 // Four sums of worker `worker`: two rows of W by two rows of x.
 __device__ void store(const Linear& p, int tile, int column_tile, int worker, float4 sum) {
@@ -198,39 +209,36 @@ __device__ void store(const Linear& p, int tile, int column_tile, int worker, fl
     }
 }
 
-__device__ void leave_partial(const Linear& p, const Schedule& s, int tile, const Accumulator& sum) {
-    float4* slot = p.partials + (long long)partial_slot(s, blockIdx.x, tile) * PARTIALS;
-#pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c)
-        slot[c * WORKERS + threadIdx.x] = {sum[c][0], sum[c][1], sum[c][2], sum[c][3]};
+// Where a block leaves its part of a tile that it shares; a range of stages can share two tiles,
+// the one it begins in and the one it ends in.
+__device__ float4* partial(const Linear& p, u32 cta, bool begins_tile) {
+    return p.partials + (u64)(2 * cta + begins_tile) * PARTIALS;
 }
 
-__device__ bool whole(const Schedule& s, int tile) {  // does this block alone do all of it?
-    return s.begin(blockIdx.x) <= s.first_stage(tile) &&
-           s.first_stage(tile + 1) <= s.begin(blockIdx.x + 1);
-}
-
-// Adds up this block's share of a tile once all that share it have left their partial sums.
-__device__ void finish_shared_tile(const Linear& p, const Schedule& s, int tile) {
-    int first = s.owner(s.first_stage(tile));
-    int sharers = s.owner(s.first_stage(tile + 1) - 1) - first + 1;
-    u32* arrived = p.arrivals + tile;
+// Adds up this block's share of a tile when all its sharers have left their partial sums.
+__device__ void add_up(const Linear& p, u32 tile) {
+    u32 first = owner(p, tile * p.depth);
+    u32 sharers = owner(p, (tile + 1) * p.depth - 1) - first + 1;
     if (threadIdx.x == 0) {
-        u32 count;
-        do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
-        while (count < sharers);
+        u32 arrived;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                        : "=r"(arrived) : "l"(p.arrivals + tile) : "memory");
+        while (arrived < sharers);
+        atomicInc(p.arrivals + tile, 2 * sharers - 1);  // the last to leave takes it back to zero
     }
+    u32 share = blockIdx.x - first, end = (share + 1) * PARTIALS / sharers;
     sync_workers();
-    // The last to leave wraps the counter back to zero for the next launch.
-    if (threadIdx.x == 0) atomicInc(arrived, 2 * sharers - 1);
-    int share = blockIdx.x - first;
-    int end = (share + 1) * PARTIALS / sharers;
-    for (int i = share * PARTIALS / sharers + threadIdx.x; i < end; i += WORKERS) {
-        float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
-        for (int c = first; c < first + sharers; ++c) {
-            float4 part = __ldcg(p.partials + (long long)partial_slot(s, c, tile) * PARTIALS + i);
-            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+    for (u32 i = share * PARTIALS / sharers + threadIdx.x; i < end; i += WORKERS) {
+        const float4* part = partial(p, first, true) + i;
+        float4 sum = __ldcg(part);
+        part += PARTIALS;  // every later block took the tile over
+        for (u32 j = 1; j < sharers; j += BATCH, part += BATCH * 2 * PARTIALS) {
+            float4 more[BATCH];
+#pragma unroll
+            for (u32 b = 0; b < BATCH; ++b)
+                more[b] = j + b < sharers ? __ldcg(part + b * 2 * PARTIALS) : float4{};
+#pragma unroll
+            for (u32 b = 0; b < BATCH; ++b) add(sum, more[b]);
         }
         store(p, tile, i / WORKERS, i % WORKERS, sum);
     }
@@ -238,33 +246,35 @@ __device__ void finish_shared_tile(const Linear& p, const Schedule& s, int tile)
 
 // What the workers of a block do. A ring waits for a stage, multiplies or skips it and frees it.
 template <class Ring>
-__device__ void work(const Linear& p, const Schedule& s, Ring& ring) {
-    int begin = s.begin(blockIdx.x), end = s.begin(blockIdx.x + 1);
-    for (int stage = begin; stage < end;) {
-        int tile = s.tile(stage);
-        int stop = min(end, s.first_stage(tile + 1));
+__device__ void work(const Linear& p, Ring& ring) {
+    u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
+    u32 first = begin / p.depth, last = (end - 1) / p.depth;
+    bool shares_first = begin > first * p.depth || end < (first + 1) * p.depth;
+    bool shares_last = last > first && end < (last + 1) * p.depth;
+    for (u32 tile = first; tile <= last; ++tile) {
+        u32 from = max(begin, tile * p.depth), to = min(end, (tile + 1) * p.depth);
         Accumulator sum = {};
-        if (threadIdx.x / 128 < blocks_in_tile(p, tile))
-            for (int left = stop - stage; left > 0; --left) ring.multiply(sum);
+        if (threadIdx.x / 128 < blocks_in(p, from))
+            ring.multiply(to - from, sum);
         else
-            for (int left = stop - stage; left > 0; --left) ring.skip();
-        stage = stop;
-        if (whole(s, tile)) {
+            for (u32 left = to - from; left > 0; --left) ring.skip();
+        bool whole = to - from == p.depth;
+        float4* part = partial(p, blockIdx.x, from == tile * p.depth) + threadIdx.x;
 #pragma unroll
-            for (int c = 0; c < COLUMN_TILES; ++c)
-                store(p, tile, c, threadIdx.x, {sum[c][0], sum[c][1], sum[c][2], sum[c][3]});
-            continue;
-        }
-        leave_partial(p, s, tile, sum);
-        sync_workers();
-        if (threadIdx.x == 0) {
-            __threadfence();
-            atomicAdd(p.arrivals + tile, 1u);
+        for (int c = 0; c < COLUMN_TILES; ++c) {
+            if (whole)
+                store(p, tile, c, threadIdx.x, four(sum + 4 * c));
+            else
+                part[c * WORKERS] = four(sum + 4 * c);
         }
     }
-    int first = s.tile(begin), last = s.tile(end - 1);
-    if (!whole(s, first)) finish_shared_tile(p, s, first);
-    if (last != first && !whole(s, last)) finish_shared_tile(p, s, last);
+    sync_workers();
+    if (threadIdx.x == 0) {
+        if (shares_first) arrive(p.arrivals + first);
+        if (shares_last) arrive(p.arrivals + last);
+    }
+    if (shares_first) add_up(p, first);
+    if (shares_last) add_up(p, last);
 }
 
 #if HOPPER
@@ -346,7 +356,8 @@ __device__ void wgmma(float (&d)[32], const u32 (&a)[4], u64 b, int add) {
 
 // Where a K-major operand of 128-byte swizzled rows lies: eight rows are 1024 bytes.
 __device__ u64 swizzled_operand(u32 at) {
-    return (u64)((1024 >> 4) | 1u << 30) << 32 | 1u << 16 | at >> 4;
+    u32 low = __shfl_sync(~0u, 1u << 16 | at >> 4, 0);  // tells the compiler that it is uniform
+    return (u64)((1024 >> 4) | 1u << 30) << 32 | low;
 }
 
 // x and the barriers lie before the table, whose alignment leaves them 63 KB; weights after it.
@@ -356,16 +367,17 @@ constexpr int STAGES_OF_WEIGHTS = (SHARED_BYTES - FRONT_BYTES - TABLE_BYTES) / W
 constexpr int STAGES = STAGES_OF_X < STAGES_OF_WEIGHTS ? STAGES_OF_X : STAGES_OF_WEIGHTS;
 static_assert(STAGES >= 4 && STAGES * 16 <= 512, "a ring, and room for its barriers");
 
-struct Shared {
+struct Shared {  // addresses
     u32 start, table;
 
     __device__ Shared(const u8* memory)
-        : start(shared_address(memory)), table((start + TABLE_BYTES - 1) & ~(u32)(TABLE_BYTES - 1)) {
+        : start(shared_address(memory)),
+          table((start + TABLE_BYTES - 1) & ~(u32)(TABLE_BYTES - 1)) {
         if (table - start < FRONT_BYTES) __trap();
     }
     __device__ u32 x(int slot) const { return start + slot * X_BYTES; }
-    __device__ u32 full(int slot) const { return start + STAGES * X_BYTES + slot * 8; }
-    __device__ u32 empty(int slot) const { return full(slot) + STAGES * 8; }
+    __device__ u32 full(int slot) const { return x(STAGES) + slot * 8; }
+    __device__ u32 empty(int slot) const { return full(STAGES) + slot * 8; }
     __device__ u32 weights(int slot) const { return table + TABLE_BYTES + slot * WEIGHT_BYTES; }
 };
 
@@ -378,28 +390,45 @@ struct Position {  // in the ring
     }
 };
 
+// The memory would idle from here until the next launch asks; so begin to bring its weights into
+// the L2 cache, for each block as much as fills its ring.
+__device__ void prefetch_next(const Linear& p) {
+    u64 lines = p.next_bytes / 128;
+    u64 from = lines * blockIdx.x / gridDim.x, to = lines * (blockIdx.x + 1) / gridDim.x;
+    to = min(to, from + STAGES * WEIGHT_BYTES / 128);
+    for (; from < to; from += WEIGHT_BYTES / 128) {
+        u32 bytes = (u32)min(to - from, (u64)WEIGHT_BYTES / 128) * 128;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.next_weight + from * 128),
+                     "r"(bytes));
+    }
+}
+
 // One thread: weights are asked for at once, x only when the kernel before has written it.
-__device__ void feed(const Linear& p, const TensorMap* map, const Schedule& s, Shared shared) {
-    int begin = s.begin(blockIdx.x), end = s.begin(blockIdx.x + 1);
-    auto ask_weights = [&](int stage, int slot) {
-        int bytes = blocks_in_tile(p, s.tile(stage)) * BLOCK_BYTES;
+__device__ void feed(const Linear& p, const TensorMap* map, const Shared& shared) {
+    u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
+    int column = begin % p.depth * SIDE;
+    auto ask_weights = [&](u32 stage, int slot) {
+        int bytes = blocks_in(p, stage) * BLOCK_BYTES;
         barrier_expect(shared.full(slot), bytes + X_BYTES);
-        copy_weights(shared.weights(slot), stage_weights(p, s, stage), bytes, shared.full(slot));
+        copy_weights(shared.weights(slot), weights_of(p, stage), bytes, shared.full(slot));
     };
-    auto ask_x = [&](int stage, int slot) {
-        copy_x(shared.x(slot), map, stage % s.depth * SIDE, shared.full(slot));
+    auto ask_x = [&](int slot) {
+        copy_x(shared.x(slot), map, column, shared.full(slot));
+        column = column + SIDE == p.k ? 0 : column + SIDE;
     };
-    int ahead = min(STAGES, end - begin);
-    for (int i = 0; i < ahead; ++i) ask_weights(begin + i, i);
+    u32 ahead = min(STAGES, end - begin);
+    for (u32 i = 0; i < ahead; ++i) ask_weights(begin + i, i);
     wait_for_previous_kernel();
-    for (int i = 0; i < ahead; ++i) ask_x(begin + i, i);
+    let_next_kernel_start();  // not before: preparing that would delay this
+    for (u32 i = 0; i < ahead; ++i) ask_x(i);
     Position at;
-    for (int stage = begin + ahead; stage < end; ++stage) {
+    for (u32 stage = begin + ahead; stage < end; ++stage) {
         barrier_wait(shared.empty(at.slot), at.parity);
         ask_weights(stage, at.slot);
-        ask_x(stage, at.slot);
+        ask_x(at.slot);
         at.advance();
     }
+    if (p.next_weight) prefetch_next(p);
 }
 
 struct BulkRing {
@@ -407,23 +436,25 @@ struct BulkRing {
     Place place;
     Position at;
 
-    __device__ BulkRing(Shared shared) : shared(shared), place(shared.table) {}
+    __device__ BulkRing(const Shared& shared) : shared(shared), place(shared.table) {}
 
-    __device__ void multiply(Accumulator& sum) {
-        barrier_wait(shared.full(at.slot), at.parity);
-        u32 a[4][4];
-        float d[COLUMN_TILES * 4];
-        place.decode(shared.weights(at.slot), a);
-        float2 scale = place.row_scales(shared.weights(at.slot));
-        u64 x = swizzled_operand(shared.x(at.slot));
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    __device__ void multiply(int stages, Accumulator& sum) {
+        for (; stages > 0; --stages) {
+            barrier_wait(shared.full(at.slot), at.parity);
+            u32 a[4][4];
+            float d[COLUMN_TILES * 4];
+            place.decode(shared.weights(at.slot), a);
+            float2 scale = place.row_scales(shared.weights(at.slot));
+            u64 x = swizzled_operand(shared.x(at.slot));
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int s = 0; s < 4; ++s) wgmma(d, a[s], x + 2 * s, s > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            for (int s = 0; s < 4; ++s) wgmma(d, a[s], x + 2 * s, s > 0);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-        for (int c = 0; c < COLUMN_TILES; ++c) add_scaled(sum, c, d + 4 * c, scale);
-        free();
+            for (int c = 0; c < COLUMN_TILES; ++c) add_scaled(sum + 4 * c, d + 4 * c, scale);
+            free();
+        }
     }
 
     __device__ void skip() {
@@ -442,9 +473,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     nf4_linear(const __grid_constant__ TensorMap map, const __grid_constant__ Linear p) {
     extern __shared__ __align__(1024) u8 memory[];
     Shared shared(memory);
-    let_next_kernel_start();
-    Schedule s(p);
     if (threadIdx.x == WORKERS) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared.full(i), 1);
             barrier_init(shared.empty(i), WORKERS / 32);
@@ -453,13 +483,13 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     }
     __syncthreads();
     if (threadIdx.x == WORKERS) {
-        feed(p, &map, s, shared);
+        feed(p, &map, shared);
     } else if (threadIdx.x < WORKERS) {
+        // x, which is asked for after the kernel before has ended, orders all that follows.
         build_table(p, shared.table);
         sync_workers();
-        wait_for_previous_kernel();
         BulkRing ring(shared);
-        work(p, s, ring);
+        work(p, ring);
     }
 }
 
@@ -480,7 +510,7 @@ __device__ void load_matrices(u32 row, u32 (&r)[4]) {
                  : "r"(row) : "memory");
 }
 
-__device__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+__device__ void mma(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
         " {%8, %9}, {%0, %1, %2, %3};"
@@ -491,34 +521,32 @@ __device__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 // All workers copy each stage; 16-byte chunk c of a row r of x lies at c ^ (r & 7).
 struct AsyncRing {
     const Linear& p;
-    const Schedule& s;
     u32 stages;  // in shared memory
     Place place;
-    int next, end;  // the next stage to ask for
+    u32 next, end;  // the next stage to ask for
     int asked = 0, used = 0;
 
-    __device__ AsyncRing(const Linear& p, const Schedule& s, u32 table)
+    __device__ AsyncRing(const Linear& p, u32 table)
         : p(p),
-          s(s),
           stages(table + TABLE_BYTES),
           place(table),
-          next(s.begin(blockIdx.x)),
-          end(s.begin(blockIdx.x + 1)) {
+          next(first_of(p, blockIdx.x)),
+          end(first_of(p, blockIdx.x + 1)) {
         for (int i = 0; i < STAGES - 1; ++i) ask();
     }
 
     __device__ void ask() {
         if (next < end) {
-            int bytes = blocks_in_tile(p, s.tile(next)) * BLOCK_BYTES;
-            const u8* weights = stage_weights(p, s, next);
+            int bytes = blocks_in(p, next) * BLOCK_BYTES;
+            const u8* weights = weights_of(p, next);
             u32 x = stages + asked % STAGES * STAGE_BYTES;
             for (int i = threadIdx.x * 16; i < bytes; i += WORKERS * 16)
                 copy16(x + X_BYTES + i, weights + i, true);
-            int column = next % s.depth * SIDE;
+            int column = next % p.depth * SIDE;
             for (int i = threadIdx.x; i < ROWS * 8; i += WORKERS) {
                 int row = i / 8, chunk = i % 8;
                 bool real = row < p.rows;
-                const u16* from = p.x + (long long)(real ? row : 0) * p.k + column + chunk * 8;
+                const u16* from = p.x + (u64)(real ? row : 0) * p.k + column + chunk * 8;
                 copy16(x + row * 128 + (chunk ^ (row & 7)) * 16, from, real);
             }
         }
@@ -526,8 +554,11 @@ struct AsyncRing {
         ++next, ++asked;
     }
 
-    __device__ void multiply(Accumulator& sum) {
-        u32 stage = take();
+    __device__ void multiply(int stages, Accumulator& sum) {
+        for (; stages > 0; --stages) multiply_one(take(), sum);
+    }
+
+    __device__ void multiply_one(u32 stage, Accumulator& sum) {
         u32 a[4][4];
         place.decode(stage + X_BYTES, a);
         float2 scale = place.row_scales(stage + X_BYTES);
@@ -542,7 +573,7 @@ struct AsyncRing {
                 mma(d, a[2 * half], b[0], b[1]);
                 mma(d, a[2 * half + 1], b[2], b[3]);
             }
-            add_scaled(sum, c, d, scale);
+            add_scaled(sum + 4 * c, d, scale);
         }
     }
 
@@ -551,7 +582,7 @@ struct AsyncRing {
     // Waits for the next stage and asks for another in the place of the one used before it.
     __device__ u32 take() {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-        sync_workers();
+        __syncthreads();
         ask();
         return stages + used++ % STAGES * STAGE_BYTES;
     }
@@ -564,9 +595,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
     let_next_kernel_start();
     build_table(p, table);
     wait_for_previous_kernel();
-    Schedule s(p);
-    AsyncRing ring(p, s, table);
-    work(p, s, ring);
+    AsyncRing ring(p, table);
+    work(p, ring);
 }
 
 #endif
