@@ -68,7 +68,7 @@ def _share(total: int, step: Any, thread: int) -> tuple[int, int]:
 
 @_inline_sums
 def _exp(x: np.float32) -> np.float32:
-    """e to the x within 2 ulp for |x| < 87; beyond that, the value there.
+    """e to the x, to 5e-6 of it for |x| < 87; beyond that, the value there.
 
     2^n · 2^f with n the nearest integer to x / ln 2; the polynomial is 2^f's Taylor series.
     """
@@ -382,7 +382,7 @@ def _attend(
     queries [G, D] are scaled already. keys and values are the addresses of this head in page 0.
     scores [G, context rounded up to LANES] is overwritten.
     """
-    heads, size = queries.shape
+    heads = queries.shape[0]
     for first in range(0, context, LANES):
         page = keys + table[first // page_size] * page_bytes
         _scores(queries, page + 2 * (first % page_size), 2 * page_size, scores, first)
