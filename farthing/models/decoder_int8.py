@@ -27,6 +27,7 @@ class Int8Layers:
     def __init__(self, config: DecoderConfig, checkpoint: Checkpoint) -> None:
         """Raises ModelError as `DecoderConfig.check_int8` does."""
         config.check_int8()
+        self.ticks: _Record | None = None  # int64 [PHASES + 1], for a benchmark to set and read
         self._config = config
         self._kept: list[torch.Tensor] = []  # what the tables' addresses point to
         self._layers = np.zeros(config.num_layers, cpu.LAYER)
@@ -74,6 +75,7 @@ class Int8Layers:
         self._layers["values"] = [pages.data_ptr() for pages in kv.values]
         tensors = inputs | self._workspaces(len(hidden), step.max_context)
         record = self._step(tensors, self._layers, self._linears)
+        record["ticks"] = 0 if self.ticks is None else self.ticks.ctypes.data
         record["num_slots"], record["page_size"] = len(kv.keys[0]) * kv.page_size, kv.page_size
         record["num_sequences"], record["table_width"] = step.block_tables.shape
         TEAM.run(cpu.LAYERS.address, record.ctypes.data)

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from farthing.models import decoder
-from farthing.models.decoder import Decoder
-from farthing.models.decoder_weights import DecoderConfig, Linear
+from farthing.models.decoder import Decoder, TorchLayers
+from farthing.models.decoder_weights import Checkpoint, DecoderConfig, Linear
 from farthing.models.rope import inverse_frequencies, rope_parameters
 from farthing.quant.errors import ModelError
 from farthing.quant.kernels import int8
@@ -55,6 +54,11 @@ def _with_random_vectors(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def read_checkpoint(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+    settings = json.loads((folder / "config.json").read_text())
+    return DecoderConfig.from_json(settings), load_file(folder / "model.safetensors")
 
 
 def random_texts(count: int, longest: int, seed: int) -> list[list[int]]:
@@ -107,22 +111,20 @@ def test_fp32_gives_transformers_logits_under_random_steps(
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def test_int8_equals_plain_torch_with_the_same_quantisation(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The reference: the torch layers, every linear quantising its inputs, bfloat16 pages."""
+class Quantising(TorchLayers):
+    """The torch layers with both sides of every linear quantised."""
+
+    def linear(self, weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
+        product = int8.linear(*int8.quantise_groups(inputs), *int8.quantise_rows(weights.weight))
+        return product if weights.bias is None else product + weights.bias
+
+
+def test_int8_equals_plain_torch_with_the_same_quantisation(folder: Path) -> None:
     fast = Decoder.from_folder(folder, "int8")
     slow = Decoder.from_folder(folder)
+    config, state = read_checkpoint(folder)
+    slow.layers = Quantising(config, Checkpoint(config, state, CPU, torch.float32), torch.float32)
     slow.spec = replace(slow.spec, kv_dtype=torch.bfloat16)
-
-    def quantised(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return int8.linear(*int8.quantise_groups(inputs), *int8.quantise_rows(weight))
-
-    def apply(weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
-        return quantised(inputs, weights.weight) + (0 if weights.bias is None else weights.bias)
-
-    monkeypatch.setattr(decoder, "_apply", apply)
-    monkeypatch.setattr(decoder, "linear", quantised)
     texts = random_texts(6, 40, seed=2)
     expected = run(session(slow), texts, seed=9)
     for logits, reference in zip(run(session(fast), texts, seed=9), expected, strict=True):
@@ -167,9 +169,7 @@ def test_int8_does_not_depend_on_the_number_of_threads(folder: Path) -> None:
 
 
 def test_rows_that_bitsandbytes_made_are_taken_as_they_are(folder: Path) -> None:
-    settings = json.loads((folder / "config.json").read_text())
-    config = DecoderConfig.from_json(settings)
-    state = load_file(folder / "model.safetensors")
+    config, state = read_checkpoint(folder)
     made = dict(state)
     for name in [name for name in state if re.search(r"(_proj|lm_head)\.weight$", name)]:
         codes, scales = int8.quantise_rows(state[name])
@@ -203,8 +203,7 @@ def test_what_is_not_computed_is_refused(
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
-    config = DecoderConfig.from_json(json.loads((folder / "config.json").read_text()))
-    state = load_file(folder / "model.safetensors")
+    config, state = read_checkpoint(folder)
     del state["model.layers.1.mlp.down_proj.weight"]
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
         Decoder(config, state)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from farthing.models.decoder import rotate
 from farthing.quant.kernels import cpu, int8
 from farthing.quant.kernels.simd import GROUP, LANES, PANEL, TILE_ROWS, has_vnni, make_tile
 
@@ -64,7 +65,7 @@ def test_a_linear_equals_the_reference(rows: int, outputs: int, size: int) -> No
         out = start.clone()
         for thread in range(2):
             inputs = (codes.numpy(), scales.numpy(), sums.numpy())
-            cpu._linear(step[()], thread, linear[()], inputs, out.numpy(), add)
+            cpu.project(step[()], thread, linear[()], inputs, out.numpy(), add)
         wanted = expected + start if add else expected
         torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-5)
 
@@ -76,7 +77,7 @@ def test_quantising_groups_equals_the_reference(magnitude: float) -> None:
     codes, scales = int8.quantise_groups(inputs)
     for row, values in enumerate(inputs.numpy()):
         made = np.empty(len(values), np.int8), np.empty(5, np.float32), np.empty(5, np.int32)
-        cpu._quantise(values, *made)
+        cpu.quantise(values, *made)
         assert torch.equal(torch.from_numpy(made[0]), codes[row])
         torch.testing.assert_close(torch.from_numpy(made[1]), scales[row], atol=0, rtol=1e-6)
         assert torch.equal(torch.from_numpy(made[2]), offsets(codes[row : row + 1])[0])
@@ -108,7 +109,7 @@ def test_attention_equals_the_reference(head_dim: int, heads: int, page_size: in
         padded = -(-context // LANES) * LANES
         out = torch.empty(heads, head_dim)
         scores = np.empty((heads, padded), np.float32)
-        cpu._attend(
+        cpu.attend(
             queries.numpy(),
             keys.data_ptr() + element * head * head_dim * page_size,
             values.data_ptr() + element * head * head_dim,
@@ -128,25 +129,23 @@ def test_attention_equals_the_reference(head_dim: int, heads: int, page_size: in
 
 def test_exp_is_near_enough() -> None:
     x = np.linspace(-86.9, 86.9, 20_001, dtype=np.float32)
-    got = np.array([cpu._exp(value) for value in x])
+    got = np.array([cpu.exp(value) for value in x])
     expected = np.exp(x.astype(np.float64))
     assert np.max(np.abs(got / expected - 1)) < 5e-6
-    assert cpu._exp(np.float32(-1e9)) < 1e-37
-    assert np.isfinite(cpu._exp(np.float32(1e9)))
+    assert cpu.exp(np.float32(-1e9)) < 1e-37
+    assert np.isfinite(cpu.exp(np.float32(1e9)))
 
 
 def test_bfloat16_rounds_as_torch() -> None:
     values = torch.cat([torch.randn(4096), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38])])
-    got = [int(cpu._to_bfloat16(value)) for value in values.numpy()]
+    got = [int(cpu.to_bfloat16(value)) for value in values.numpy()]
     expected: Any = values.bfloat16().view(torch.uint16).tolist()
     assert got == expected
 
 
 def test_rotation_equals_the_reference() -> None:
-    from farthing.models.decoder import _rotate
-
     x, angles = torch.randn(1, 1, 64), torch.randn(1, 1, 32)
-    expected = _rotate(x, angles.cos(), angles.sin())[0, 0]
+    expected = rotate(x, angles.cos(), angles.sin())[0, 0]
     rotated = x[0, 0].clone()
-    cpu._rotate(rotated.numpy(), angles.cos()[0, 0].numpy(), angles.sin()[0, 0].numpy())
+    cpu.rotate(rotated.numpy(), angles.cos()[0, 0].numpy(), angles.sin()[0, 0].numpy())
     torch.testing.assert_close(rotated, expected)
