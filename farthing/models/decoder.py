@@ -73,9 +73,9 @@ class Decoder:
         if precision == "int8":
             from farthing.models.decoder_int8 import Int8Layers  # numba takes half a second
 
-            self._layers: Layers = Int8Layers(config, checkpoint)
+            self.layers: Layers = Int8Layers(config, checkpoint)
         else:
-            self._layers = TorchLayers(config, checkpoint, dtype)
+            self.layers = TorchLayers(config, checkpoint, dtype)
         shared = config.tied and precision == "none"
         embedding_bytes = 0 if shared else self._embedding.nbytes
         self.spec = ModelSpec(
@@ -87,8 +87,8 @@ class Decoder:
             value_dim=config.head_dim,
             vocab_size=config.vocab_size,
             max_position=config.max_position,
-            kv_dtype=self._layers.kv_dtype,
-            weight_bytes=self._layers.weight_bytes + embedding_bytes,
+            kv_dtype=self.layers.kv_dtype,
+            weight_bytes=self.layers.weight_bytes + embedding_bytes,
         )
 
     @classmethod
@@ -119,8 +119,8 @@ class Decoder:
         hidden = embedding(step.tokens, self._embedding)
         angles = step.positions.unsqueeze(1) * self._frequencies
         cosines, sines = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
-        hidden = self._layers.forward(hidden, cosines, sines, step, kv)
-        return self._layers.logits(hidden[step.logits_rows])
+        hidden = self.layers.forward(hidden, cosines, sines, step, kv)
+        return self.layers.logits(hidden[step.logits_rows])
 
 
 class TorchLayers:
@@ -131,12 +131,12 @@ class TorchLayers:
         self.kv_dtype = dtype
         self._blocks = [checkpoint.block(index) for index in range(config.num_layers)]
         self._norm = checkpoint.tensor("model.norm.weight")
-        self._head = checkpoint.head()
+        self._head = Linear(checkpoint.head(), None)
 
     @property
     def weight_bytes(self) -> int:
         blocks = sum(tensor.nbytes for block in self._blocks for tensor in block.tensors())
-        return blocks + self._norm.nbytes + self._head.nbytes
+        return blocks + self._norm.nbytes + self._head.weight.nbytes
 
     def forward(
         self,
@@ -152,19 +152,22 @@ class TorchLayers:
         angles = cosines.unsqueeze(1), sines.unsqueeze(1)
         for index, block in enumerate(self._blocks):
             normed = self._rms_norm(hidden, block.attention_norm)
-            projected = _apply(block.qkv, normed).view(len(hidden), -1, config.head_dim)
+            projected = self.linear(block.qkv, normed).view(len(hidden), -1, config.head_dim)
             query, key, value = torch.split(projected, heads, dim=1)
-            query = _rotate(self._rms_norm(query, block.query_norm), *angles)
-            key = _rotate(self._rms_norm(key, block.key_norm), *angles)
+            query = rotate(self._rms_norm(query, block.query_norm), *angles)
+            key = rotate(self._rms_norm(key, block.key_norm), *angles)
             attended = attention.attend(index, query, key, value, scale)
-            hidden = hidden + _apply(block.out, attended.flatten(1))
+            hidden = hidden + self.linear(block.out, attended.flatten(1))
             normed = self._rms_norm(hidden, block.mlp_norm)
-            gate, up = _apply(block.gate_up, normed).chunk(2, dim=-1)
-            hidden = hidden + _apply(block.down, silu(gate) * up)
+            gate, up = self.linear(block.gate_up, normed).chunk(2, dim=-1)
+            hidden = hidden + self.linear(block.down, silu(gate) * up)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(self._rms_norm(hidden, self._norm), self._head).float()
+        return self.linear(self._head, self._rms_norm(hidden, self._norm)).float()
+
+    def linear(self, weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
+        return linear(inputs, weights.weight, weights.bias)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x / √(mean x² + ε) in float32, times the weight; x itself where there is no weight."""
@@ -175,11 +178,7 @@ class TorchLayers:
         return weight * (wide * scale).to(x.dtype)
 
 
-def _apply(weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
-    return linear(inputs, weights.weight, weights.bias)
-
-
-def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x [T, heads, head_dim]; angles [T, 1, head_dim / 2]."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = (first * cosines - second * sines, second * cosines + first * sines)

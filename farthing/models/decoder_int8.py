@@ -15,6 +15,9 @@ from farthing.quant.kernels.int8 import interleave, pack_panels
 from farthing.quant.kernels.simd import GROUP, LANES, PANEL
 from farthing.quant.kernels.team import TEAM
 
+_Record = np.ndarray[Any, Any]
+_SHAPE = ("num_layers", "hidden_size", "heads", "kv_heads", "head_dim", "intermediate_size")
+
 
 class Int8Layers:
     """The layers with int8 weights, int8 activations and bfloat16 pages."""
@@ -24,6 +27,7 @@ class Int8Layers:
     def __init__(self, config: DecoderConfig, checkpoint: Checkpoint) -> None:
         """Raises ModelError as `DecoderConfig.check_int8` does."""
         config.check_int8()
+        self.ticks: _Record | None = None  # int64 [PHASES + 1], for a benchmark to set and read
         self._config = config
         self._kept: list[torch.Tensor] = []  # what the tables' addresses point to
         self._layers = np.zeros(config.num_layers, cpu.LAYER)
@@ -47,55 +51,57 @@ class Int8Layers:
         step: StepInput,
         kv: KVCache,
     ) -> torch.Tensor:
-        """Run the layers; see `models.decoder.Layers`."""
+        """Run the layers; see `models.decoder.Layers`.
+
+        Raises ModelError where a page is not whole vectors of keys.
+        """
+        if kv.page_size % LANES:
+            raise ModelError(
+                f"int8 on a CPU needs a --page-size that {LANES} divides, not {kv.page_size}"
+            )
         hidden = hidden.float()
-        self._layers["keys"] = [pages.data_ptr() for pages in kv.keys]
-        self._layers["values"] = [pages.data_ptr() for pages in kv.values]
-        rows = len(hidden)
         queries = step.query_starts.diff()
-        sequences = torch.arange(len(queries)).repeat_interleave(queries, output_size=rows)
-        tensors = {
+        sequences = torch.arange(len(queries)).repeat_interleave(queries, output_size=len(hidden))
+        inputs = {
             "hidden": hidden,
             "cosines": cosines,
             "sines": sines,
-            "slots": step.slots,
-            "positions": step.positions,
+            "slots": step.slots.contiguous(),
+            "positions": step.positions.contiguous(),
             "sequences": sequences,
-            "tables": step.block_tables,
+            "tables": step.block_tables.contiguous(),
         }
-        record, _kept = self._step(rows, step.max_context)
-        for name, tensor in tensors.items():
-            record[name] = tensor.contiguous().data_ptr()
-        record["layers"], record["linears"] = self._layers.ctypes.data, self._linears.ctypes.data
-        record["num_slots"] = len(kv.keys[0]) * kv.page_size
-        record["page_size"] = kv.page_size
+        self._layers["keys"] = [pages.data_ptr() for pages in kv.keys]
+        self._layers["values"] = [pages.data_ptr() for pages in kv.values]
+        tensors = inputs | self._workspaces(len(hidden), step.max_context)
+        record = self._step(tensors, self._layers, self._linears)
+        record["ticks"] = 0 if self.ticks is None else self.ticks.ctypes.data
+        record["num_slots"], record["page_size"] = len(kv.keys[0]) * kv.page_size, kv.page_size
         record["num_sequences"], record["table_width"] = step.block_tables.shape
         TEAM.run(cpu.LAYERS.address, record.ctypes.data)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm and the head; see `models.decoder.Layers`."""
-        logits = torch.empty(len(hidden), self._config.vocab_size)
-        record, _kept = self._step(len(hidden), 0)
-        record["hidden"], record["logits"] = hidden.data_ptr(), logits.data_ptr()
-        record["layers"] = self._head_layer.ctypes.data
-        record["linears"] = self._head_linear.ctypes.data
+        rows = len(hidden)
+        tensors = self._workspaces(rows, 0)
+        tensors["hidden"] = hidden
+        tensors["logits"] = torch.empty(rows, self._config.vocab_size)
+        record = self._step(tensors, self._head_layer, self._head_linear)
         TEAM.run(cpu.HEAD.address, record.ctypes.data)
-        return logits
+        return tensors["logits"]
 
-    def _step(self, rows: int, max_context: int) -> tuple[np.ndarray[Any, Any], list[torch.Tensor]]:
-        """A STEP with the model's shape and fresh workspaces, and the tensors those are in."""
-        config, threads = self._config, TEAM.threads
-        group = config.heads // config.kv_heads
+    def _workspaces(self, rows: int, max_context: int) -> dict[str, torch.Tensor]:
+        config = self._config
+        group, gated = config.heads // config.kv_heads, config.intermediate_size
+        attended = config.heads * config.head_dim
+        widest = max(config.hidden_size, attended)
         scratch = max(
             config.hidden_size,
             2 * cpu.MAX_ROWS * PANEL,
             group * (config.head_dim + max_context + LANES),
         )
-        attended = config.heads * config.head_dim
-        widest = max(config.hidden_size, attended)
-        gated = config.intermediate_size
-        workspaces = {
+        return {
             "projected": torch.empty(rows, attended + 2 * config.kv_heads * config.head_dim),
             "codes": torch.empty(rows, widest, dtype=torch.int8),
             "scales": torch.empty(rows, widest // GROUP),
@@ -103,17 +109,22 @@ class Int8Layers:
             "gated_codes": torch.empty(rows, gated, dtype=torch.int8),
             "gated_scales": torch.empty(rows, gated // GROUP),
             "gated_offsets": torch.empty(rows, gated // GROUP, dtype=torch.int32),
-            "scratch": torch.empty(threads, scratch),
+            "scratch": torch.empty(TEAM.threads, scratch),
         }
+
+    def _step(self, tensors: dict[str, torch.Tensor], layers: _Record, linears: _Record) -> _Record:
+        """A STEP over these tensors, which must outlive it, with the model's shape."""
+        config = self._config
         record = np.zeros((), cpu.STEP)
-        for name, tensor in workspaces.items():
+        for name, tensor in tensors.items():
             record[name] = tensor.data_ptr()
-        sizes = ("num_layers", "hidden_size", "heads", "kv_heads", "head_dim", "intermediate_size")
-        for name in sizes:
+        for name in _SHAPE:
             record[name] = getattr(config, name)
-        record["rows"], record["threads"], record["scratch_size"] = rows, threads, scratch
+        record["layers"], record["linears"] = layers.ctypes.data, linears.ctypes.data
+        record["rows"] = len(tensors["hidden"])
+        record["threads"], record["scratch_size"] = tensors["scratch"].shape
         record["epsilon"], record["attention_scale"] = config.epsilon, config.head_dim**-0.5
-        return record, list(workspaces.values())
+        return record
 
     def _add_layer(self, index: int, checkpoint: Checkpoint) -> None:
         layer = f"model.layers.{index}"

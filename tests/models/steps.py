@@ -64,9 +64,9 @@ class Packer:
 class Session:
     """A model with a cache of its own."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, num_pages: int = 96, page_size: int = 4) -> None:
         self._model = model
-        self._packer = packer = Packer(device=str(model.device))
+        self._packer = packer = Packer(num_pages, page_size, str(model.device))
         self._kv = KVCache.allocate(model.spec, packer.num_pages, packer.page_size, model.device)
 
     def run(self, chunks: list[tuple[Sequence, list[int]]]) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from farthing.quant.kernels.simd import (
     PANEL,
     TILE_ROWS,
     bits_float,
+    cycles,
     float_bits,
     has_vnni,
     make_scores,
@@ -41,12 +42,13 @@ LINEAR = _record("weight scales bias inputs outputs")
 LAYER = _record("attention_norm mlp_norm query_norm key_norm keys values")
 STEP = _record(
     "layers linears hidden cosines sines slots positions sequences tables logits "
-    "projected codes scales offsets gated_codes gated_scales gated_offsets scratch "
+    "ticks projected codes scales offsets gated_codes gated_scales gated_offsets scratch "
     "num_layers rows hidden_size heads kv_heads head_dim intermediate_size "
     "num_slots page_size table_width num_sequences scratch_size threads",
     "epsilon attention_scale",
 )
 QKV, OUT, GATE_UP, DOWN = range(4)
+PHASES = ("norms", "qkv", "rope", "attention", "out", "gate_up", "down")
 MAX_ROWS = max(TILE_ROWS)
 
 _scores_1, _scores_2, _scores_3, _scores_4 = (make_scores(heads) for heads in range(1, 5))
@@ -67,8 +69,8 @@ def _share(total: int, step: Any, thread: int) -> tuple[int, int]:
 
 
 @_inline_sums
-def _exp(x: np.float32) -> np.float32:
-    """e to the x within 2 ulp for |x| < 87; beyond that, the value there.
+def exp(x: np.float32) -> np.float32:
+    """e to the x, to 5e-6 of it for |x| < 87; beyond that, the value there.
 
     2^n · 2^f with n the nearest integer to x / ln 2; the polynomial is 2^f's Taylor series.
     """
@@ -86,7 +88,7 @@ def _exp(x: np.float32) -> np.float32:
 
 
 @_inline_sums
-def _quantise(values: Any, codes: Any, scales: Any, offsets: Any) -> None:
+def quantise(values: Any, codes: Any, scales: Any, offsets: Any) -> None:
     """Groups of float32 values [G * GROUP] → codes, scales [G] and offsets [G]."""
     for group in range(len(values) // GROUP):
         first = group * GROUP
@@ -112,7 +114,7 @@ def _mean_square(x: Any) -> np.float32:
 
 
 @_inline
-def _norm(x: Any, weight: Any, epsilon: np.float32, out: Any) -> None:
+def rms_norm(x: Any, weight: Any, epsilon: np.float32, out: Any) -> None:
     """out = weight · x / √(mean x² + ε)."""
     scale = np.float32(1) / np.float32(np.sqrt(_mean_square(x) + epsilon))
     for i in range(len(x)):
@@ -153,7 +155,7 @@ def _scratch(step: Any, thread: int) -> Any:
 
 
 @_inline
-def _norm_quantise(step: Any, thread: int, weight: int) -> None:
+def norm_quantise(step: Any, thread: int, weight: int) -> None:
     """The hidden rows, RMSNorm with the weight at this address, as the next linear's inputs."""
     size = step.hidden_size
     hidden = _floats(step.hidden, step.rows, size)
@@ -162,8 +164,8 @@ def _norm_quantise(step: Any, thread: int, weight: int) -> None:
     normed = _scratch(step, thread)[:size]
     begin, end = _share(step.rows, step, thread)
     for row in range(begin, end):
-        _norm(hidden[row], weights, step.epsilon, normed)
-        _quantise(normed, codes[row], scales[row], offsets[row])
+        rms_norm(hidden[row], weights, step.epsilon, normed)
+        quantise(normed, codes[row], scales[row], offsets[row])
 
 
 @_inline
@@ -194,7 +196,7 @@ def _multiply(linear: Any, panel: int, inputs: Any, row: int, out: Any) -> int:
 
 
 @_inline
-def _linear(step: Any, thread: int, linear: Any, inputs: Any, out: Any, add: bool) -> None:
+def project(step: Any, thread: int, linear: Any, inputs: Any, out: Any, add: bool) -> None:
     """out [rows, outputs] = (out, if add, +) inputs · weightᵀ + bias."""
     rows = inputs[0].shape[0]
     weight_scales = carray(pointer(linear.scales), linear.outputs, np.float32)
@@ -224,7 +226,7 @@ def _linear(step: Any, thread: int, linear: Any, inputs: Any, out: Any, add: boo
 
 
 @_inline
-def _gate_up(step: Any, thread: int, linear: Any, inputs: Any, gated: Any) -> None:
+def gate_up(step: Any, thread: int, linear: Any, inputs: Any, gated: Any) -> None:
     """gated = silu(gate) · up, quantised; the linear's panels are gate's and up's in turn."""
     codes, scales, offsets = gated
     weight_scales = _floats(linear.scales, linear.outputs // PANEL, PANEL)
@@ -240,8 +242,8 @@ def _gate_up(step: Any, thread: int, linear: Any, inputs: Any, gated: Any) -> No
                 gate, up = tiles[0, r], tiles[1, r]
                 for i in range(PANEL):
                     x = gate[i] * gate_scales[i]
-                    gate[i] = x / (np.float32(1) + _exp(-x)) * (up[i] * up_scales[i])
-                _quantise(
+                    gate[i] = x / (np.float32(1) + exp(-x)) * (up[i] * up_scales[i])
+                quantise(
                     gate,
                     codes[row + r, pair * PANEL : (pair + 1) * PANEL],
                     scales[row + r, pair : pair + 1],
@@ -251,7 +253,7 @@ def _gate_up(step: Any, thread: int, linear: Any, inputs: Any, gated: Any) -> No
 
 
 @_inline
-def _to_bfloat16(x: np.float32) -> np.uint16:
+def to_bfloat16(x: np.float32) -> np.uint16:
     """Round to nearest, ties to even."""
     bits = float_bits(x)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -259,7 +261,7 @@ def _to_bfloat16(x: np.float32) -> np.uint16:
 
 
 @_inline
-def _rotate(x: Any, cosines: Any, sines: Any) -> None:
+def rotate(x: Any, cosines: Any, sines: Any) -> None:
     """Rotary embedding in place: x [D] as two halves."""
     half = len(x) // 2
     for i in range(half):
@@ -269,7 +271,7 @@ def _rotate(x: Any, cosines: Any, sines: Any) -> None:
 
 
 @_inline
-def _rope_write(step: Any, thread: int, layer: Any, projected: Any) -> None:
+def rope_write(step: Any, thread: int, layer: Any, projected: Any) -> None:
     """Norm, where the layer has one, and rotate queries and keys; write K and V into pages.
 
     Queries are scaled too. A page's keys lie as [kv_heads, head_dim, page_size], so that one
@@ -289,8 +291,8 @@ def _rope_write(step: Any, thread: int, layer: Any, projected: Any) -> None:
             vector = vectors[head]
             norm = layer.query_norm if head < step.heads else layer.key_norm
             if norm != 0:
-                _norm(vector, carray(pointer(norm), size, np.float32), step.epsilon, vector)
-            _rotate(vector, cosines[row], sines[row])
+                rms_norm(vector, carray(pointer(norm), size, np.float32), step.epsilon, vector)
+            rotate(vector, cosines[row], sines[row])
             if head < step.heads:
                 vector *= step.attention_scale
         slot = slots[row]
@@ -299,19 +301,19 @@ def _rope_write(step: Any, thread: int, layer: Any, projected: Any) -> None:
             key = vectors[step.heads + head]
             value = vectors[step.heads + step.kv_heads + head]
             for i in range(size):
-                keys[page, head, i, offset] = _to_bfloat16(key[i])
-                values[slot, head, i] = _to_bfloat16(value[i])
+                keys[page, head, i, offset] = to_bfloat16(key[i])
+                values[slot, head, i] = to_bfloat16(value[i])
 
 
 @_inline_sums
-def _softmax(scores: Any) -> None:
+def softmax(scores: Any) -> None:
     """In place: e^(score - the largest), over their sum."""
     largest = scores[0]
     for i in range(len(scores)):
         largest = max(largest, scores[i])
     total = np.float32(0)
     for i in range(len(scores)):
-        scores[i] = _exp(scores[i] - largest)
+        scores[i] = exp(scores[i] - largest)
         total += scores[i]
     scale = np.float32(1) / total
     for i in range(len(scores)):
@@ -365,7 +367,7 @@ def _weigh(weights: Any, first: int, values: int, stride: int, count: int, out: 
 
 
 @_inline
-def _attend(
+def attend(
     queries: Any,
     keys: int,
     values: int,
@@ -382,12 +384,12 @@ def _attend(
     queries [G, D] are scaled already. keys and values are the addresses of this head in page 0.
     scores [G, context rounded up to LANES] is overwritten.
     """
-    heads, size = queries.shape
+    heads = queries.shape[0]
     for first in range(0, context, LANES):
         page = keys + table[first // page_size] * page_bytes
         _scores(queries, page + 2 * (first % page_size), 2 * page_size, scores, first)
     for head in range(heads):
-        _softmax(scores[head, :context])
+        softmax(scores[head, :context])
     out[:] = 0
     for first in range(0, context, page_size):
         page = values + table[first // page_size] * page_bytes
@@ -396,7 +398,7 @@ def _attend(
 
 
 @_inline
-def _attention(step: Any, thread: int, layer: Any, projected: Any, outputs: Any) -> None:
+def attention(step: Any, thread: int, layer: Any, projected: Any, outputs: Any) -> None:
     """Attention of every token over its sequence's pages, quantised as the next inputs."""
     codes, scales, offsets = outputs
     size, group = step.head_dim, step.heads // step.kv_heads
@@ -412,7 +414,7 @@ def _attention(step: Any, thread: int, layer: Any, projected: Any, outputs: Any)
         context = positions[row] + 1
         padded = (context + LANES - 1) // LANES * LANES
         first = head * width
-        _attend(
+        attend(
             projected[row, first : first + width].reshape(group, size),
             layer.keys + 2 * head * size * step.page_size,
             layer.values + 2 * head * size,
@@ -424,12 +426,23 @@ def _attention(step: Any, thread: int, layer: Any, projected: Any, outputs: Any)
             scratch[width : width + group * padded].reshape(group, padded),
             out,
         )
-        _quantise(
+        quantise(
             scratch[:width],
             codes[row, first : first + width],
             scales[row, first // GROUP : (first + width) // GROUP],
             offsets[row, first // GROUP : (first + width) // GROUP],
         )
+
+
+@_inline
+def _end_phase(step: Any, thread: int, phase: int) -> None:
+    """Wait for the team; where ticks are wanted, book the cycles since the last phase ended."""
+    barrier()
+    if thread == 0 and step.ticks != 0:
+        ticks = carray(pointer(step.ticks), len(PHASES) + 1, np.int64)
+        now = cycles()
+        ticks[phase] += now - ticks[-1]
+        ticks[-1] = now
 
 
 _STEP_FUNCTION = types.void(types.voidptr)
@@ -448,24 +461,26 @@ def LAYERS(argument: Any) -> None:
     gated = _gated(step)
     layers = carray(pointer(step.layers), step.num_layers, LAYER)
     linears = carray(pointer(step.linears), (step.num_layers, 4), LINEAR)
+    if thread == 0 and step.ticks != 0:
+        carray(pointer(step.ticks), len(PHASES) + 1, np.int64)[-1] = cycles()
     for index in range(step.num_layers):
         layer = layers[index]
-        _norm_quantise(step, thread, layer.attention_norm)
-        barrier()
-        _linear(step, thread, linears[index, QKV], normed, projected, False)
-        barrier()
-        _rope_write(step, thread, layer, projected)
-        barrier()
-        _attention(step, thread, layer, projected, attended)
-        barrier()
-        _linear(step, thread, linears[index, OUT], attended, hidden, True)
-        barrier()
-        _norm_quantise(step, thread, layer.mlp_norm)
-        barrier()
-        _gate_up(step, thread, linears[index, GATE_UP], normed, gated)
-        barrier()
-        _linear(step, thread, linears[index, DOWN], gated, hidden, True)
-        barrier()
+        norm_quantise(step, thread, layer.attention_norm)
+        _end_phase(step, thread, 0)
+        project(step, thread, linears[index, QKV], normed, projected, False)
+        _end_phase(step, thread, 1)
+        rope_write(step, thread, layer, projected)
+        _end_phase(step, thread, 2)
+        attention(step, thread, layer, projected, attended)
+        _end_phase(step, thread, 3)
+        project(step, thread, linears[index, OUT], attended, hidden, True)
+        _end_phase(step, thread, 4)
+        norm_quantise(step, thread, layer.mlp_norm)
+        _end_phase(step, thread, 0)
+        gate_up(step, thread, linears[index, GATE_UP], normed, gated)
+        _end_phase(step, thread, 5)
+        project(step, thread, linears[index, DOWN], gated, hidden, True)
+        _end_phase(step, thread, 6)
 
 
 @numba.cfunc(_STEP_FUNCTION, cache=True)
@@ -475,7 +490,7 @@ def HEAD(argument: Any) -> None:
     thread = thread_number()
     norm = carray(pointer(step.layers), 1, LAYER)[0].attention_norm
     head = carray(pointer(step.linears), 1, LINEAR)[0]
-    _norm_quantise(step, thread, norm)
+    norm_quantise(step, thread, norm)
     barrier()
     logits = _floats(step.logits, step.rows, head.outputs)
-    _linear(step, thread, head, _inputs(step, step.hidden_size), logits, False)
+    project(step, thread, head, _inputs(step, step.hidden_size), logits, False)

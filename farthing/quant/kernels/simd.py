@@ -329,6 +329,16 @@ def pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
+@intrinsic
+def cycles(typing_context: Any) -> Any:
+    """The processor's counter of clock cycles, at its nominal frequency."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.call(_function(builder, "llvm.readcyclecounter", _I64, []), [])
+
+    return types.int64(), generate
+
+
 def _unary(name: str, argument: Any, result: Any, emit: Callable[[Any, Any], Any]) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return emit(builder, arguments[0])
