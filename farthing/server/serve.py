@@ -203,7 +203,8 @@ def _model_name(settings: Settings) -> str:
 
 def _announce(info: EngineReady, settings: Settings, name: str, listener: socket.socket) -> None:
     """Say where the server is, what it serves, and how to talk to it."""
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": name, "messages": [question], "temperature": 0.2})
     url = _url(settings.host, listener.getsockname()[1])
     print(
         f"\nFarthing {farthing.__version__} serves {name} at {url}\n"
