@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from servers import NotStarted, free_port, running
@@ -281,6 +282,33 @@ def tables(outcomes: Sequence[Outcome], clients: Sequence[int]) -> list[Table]:
     return [figures, ratios]
 
 
+def plot(outcomes: Sequence[Outcome], clients: Sequence[int], path: Path) -> None:
+    """Bars of output tokens/s: a group a number of clients, a bar a server."""
+    measured = [outcome for outcome in outcomes if outcome.by_clients]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(measured)
+    for place, outcome in enumerate(measured):
+        found = [
+            (i, outcome.by_clients[n]) for i, n in enumerate(clients) if n in outcome.by_clients
+        ]
+        bars = axes.bar(
+            [group + place * width for group, _ in found],
+            [summary.output_tokens_per_s for _, summary in found],
+            width,
+            label=outcome.name,
+            color="#b5651d" if place == 0 else str(0.35 + 0.13 * place),
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    middle = 0.4 - width / 2
+    axes.set_xticks([group + middle for group in range(len(clients))])
+    axes.set_xticklabels([f"{n} client{'s' if n > 1 else ''}" for n in clients])
+    axes.set_ylabel("output tokens/s")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [peer.name for peer in PEERS]
@@ -314,7 +342,8 @@ def main() -> int:
         "servers": [asdict(outcome) for outcome in outcomes],
     }
     args.json.write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"figures: {args.json}")
+    plot(outcomes, args.clients, args.json.with_suffix(".png"))
+    console.print(f"figures: {args.json}, picture: {args.json.with_suffix('.png')}")
     return 1 if any(outcome.reason for outcome in outcomes) else 0
 
 
