@@ -173,6 +173,19 @@ def test_kernel_is_batch_invariant_and_deterministic() -> None:
 
 @gpu
 @pytest.mark.usefixtures("_half")
+def test_kernel_takes_any_view() -> None:
+    weight = NF4Weight.from_dense(torch.randn(128, 192, device="cuda"))
+    x = torch.randn(8 * 192 + 1, device="cuda").bfloat16()[1:].view(2, 4, 192)
+    y = nf4_linear(x, weight)
+    assert y.shape == (2, 4, 128)
+    assert relative_error(y, nf4_linear_reference(x, weight)) < 1e-2
+    columns = torch.randn(192, 5, device="cuda").bfloat16().t()
+    assert torch.equal(nf4_linear(columns, weight), nf4_linear(columns.contiguous(), weight))
+    assert nf4_linear(x[:0], weight).shape == (0, 4, 128)
+
+
+@gpu
+@pytest.mark.usefixtures("_half")
 def test_kernel_passes_nan_and_infinity_on() -> None:
     weight = NF4Weight.from_dense(torch.randn(512, 1024, device="cuda"))
     x = torch.randn(16, 1024, device="cuda").bfloat16()

@@ -254,11 +254,14 @@ def nf4_linear(
     if x.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
         raise ValueError(f"4-bit kernels compute in bfloat16; x is {x.dtype}.")
     flat = x.reshape(-1, weight.columns).contiguous()
+    if flat.data_ptr() % 16:  # rows are copied 16 bytes at a time
+        flat = flat.clone()
     if flat.shape[0] >= _ROWS_TO_DEQUANTISE:
         y = F.linear(flat, weight.dequantise(torch.bfloat16), bias)
     else:
         y, most = flat.new_empty(flat.shape[0], weight.rows), _KERNEL_ROWS[-1]
-        for part, out in zip(torch.split(flat, most), torch.split(y, most), strict=True):
+        for first in range(0, flat.shape[0], most):
+            part, out = flat[first : first + most], y[first : first + most]
             _launch_linear(part, weight, bias, upcoming, out)
     return y.view(*x.shape[:-1], weight.rows)
 
