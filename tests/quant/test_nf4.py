@@ -150,7 +150,7 @@ def _half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @gpu
 @pytest.mark.usefixtures("_half")
 @pytest.mark.parametrize("quant_type", TYPES)
-@pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 64), (576, 576), (1000, 1536), (4608, 3584)])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (24, 64), (576, 576), (1000, 1536), (4608, 3584)])
 def test_kernel_equals_its_reference(quant_type: QuantType, n: int, k: int) -> None:
     weight = NF4Weight.from_dense(torch.randn(n, k, device="cuda") * 0.02, quant_type)
     bias = torch.randn(n, device="cuda").bfloat16()
@@ -169,6 +169,19 @@ def test_kernel_is_batch_invariant_and_deterministic() -> None:
     want = nf4_linear(x, weight)
     for rows in [*range(1, 65), 100, 128, 200, 256]:
         assert torch.equal(nf4_linear(x[:rows], weight), want[:rows])
+
+
+@gpu
+@pytest.mark.usefixtures("_half")
+def test_kernel_takes_any_view() -> None:
+    weight = NF4Weight.from_dense(torch.randn(128, 192, device="cuda"))
+    x = torch.randn(8 * 192 + 1, device="cuda").bfloat16()[1:].view(2, 4, 192)
+    y = nf4_linear(x, weight)
+    assert y.shape == (2, 4, 128)
+    assert relative_error(y, nf4_linear_reference(x, weight)) < 1e-2
+    columns = torch.randn(192, 5, device="cuda").bfloat16().t()
+    assert torch.equal(nf4_linear(columns, weight), nf4_linear(columns.contiguous(), weight))
+    assert nf4_linear(x[:0], weight).shape == (0, 4, 128)
 
 
 @gpu

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,36 +28,24 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A loaded kernel and the dynamic shared memory it wants."""
+    """A loaded kernel and how it is launched but for the grid and the stream."""
 
     name: str
     function: Any  # CUfunction
-    shared_bytes: int
+    config: Any  # CUlaunchConfig
 
-    def launch(
-        self, grid: tuple[int, int, int], threads: int, *args: ctypes.Structure | ctypes.Array[Any]
-    ) -> None:
+    def launch(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launch on torch's current stream, also while a graph is being captured there.
 
-        On Hopper and later the kernel may start before the one ahead of it in the stream ends:
-        it must execute griddepcontrol.wait before it touches what that one writes or reads.
+        An argument is a ctypes object or a structure of the driver's bindings. On Hopper and later
+        the kernel may start before the one ahead of it in the stream ends: it must execute
+        griddepcontrol.wait before it touches what that one writes or reads.
         """
-        driver = _driver()
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = self.shared_bytes
-        config.hStream = torch.cuda.current_stream().cuda_stream
-        if torch.cuda.get_device_capability() >= (9, 0):
-            early = driver.CUlaunchAttribute()
-            early.id = (
-                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            )
-            early.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [early], 1
-        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
+        self.config.gridDimX, self.config.gridDimY, self.config.gridDimZ = grid
+        self.config.hStream = torch.cuda.current_stream().cuda_stream
+        pointers = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
         parameters = ctypes.addressof(pointers)
-        _check(driver.cuLaunchKernelEx(config, self.function, parameters, 0), self.name)
+        _check(_driver().cuLaunchKernelEx(self.config, self.function, parameters, 0), self.name)
 
 
 def device_arch(device: torch.device) -> str:
@@ -80,6 +68,7 @@ def load_kernel(
     name: str,
     device_index: int,
     arch: str,
+    threads: int,
     defines: tuple[tuple[str, int], ...] = (),
     shared_bytes: int = 0,
 ) -> Kernel:
@@ -92,7 +81,16 @@ def load_kernel(
         function = _check(driver.cuModuleGetFunction(module, name.encode()), name)
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, limit, shared_bytes), name)
-    return Kernel(name, function, shared_bytes)
+        config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        if torch.cuda.get_device_capability() >= (9, 0):
+            early = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            early.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early], 1
+    return Kernel(name, function, config)
 
 
 def compile_kernel(name: str, arch: str, defines: Mapping[str, int]) -> bytes:
@@ -122,28 +120,25 @@ def cache_folder() -> Path:
     return Path(home) / "farthing" / "kernels"
 
 
-def tensor_map(matrix: torch.Tensor, box_rows: int, box_columns: int) -> ctypes.Array[Any]:
+@lru_cache(maxsize=4096)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
     """How the copy engine finds boxes of a bf16 matrix: 128-byte swizzle, zeros outside it."""
     driver = _driver()
-    rows, columns = matrix.shape
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
-    encoded = _check(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            matrix.data_ptr(),
-            [wide(columns), wide(rows)],
-            [wide(matrix.stride(0) * matrix.element_size())],
-            [narrow(box_columns), narrow(box_rows)],
-            [narrow(1), narrow(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        "tensor map",
+    encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2,
+        address,
+        [wide(columns), wide(rows)],
+        [wide(columns * 2)],
+        [narrow(box_columns), narrow(box_rows)],
+        [narrow(1), narrow(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    return (ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque))
+    return _check(encoded, "tensor map")
 
 
 def _compile(nvrtc: Any, name: str, source: bytes, options: list[str]) -> bytes:
@@ -170,6 +165,12 @@ def _write_whole(path: Path, content: bytes) -> None:
     os.replace(part.name, path)
 
 
+def _address(argument: Any) -> int:
+    if isinstance(argument, ctypes.Structure | ctypes.Array):
+        return ctypes.addressof(argument)
+    return int(argument.getPtr())
+
+
 def _check(answer: tuple[Any, ...], what: str) -> Any:
     """The value of one of the bindings' answers, which begin with a result code."""
     result, *values = answer
@@ -178,6 +179,7 @@ def _check(answer: tuple[Any, ...], what: str) -> Any:
     return values[0] if values else None
 
 
+@cache
 def _driver() -> Any:
     from cuda.bindings import driver
 

@@ -47,6 +47,7 @@ _CODES: dict[QuantType, tuple[float, ...]] = {"nf4": _NF4, "fp4": _FP4}
 
 _KERNEL_ROWS = (8, 16, 32, 64)  # rows of x a launch computes; fewer are padded with zeros
 _HOPPER = "sm_90a"  # has bulk copies and wgmma; other architectures take the kernel's other half
+_NO_MAP = (ctypes.c_uint64 * 16)()
 _TILE_ROWS = TILE_BLOCKS * BLOCK
 _WORKERS = TILE_BLOCKS * 128  # threads that multiply
 # From here on writing the weight out as bf16 and multiplying that is the faster way. Measured on
@@ -253,11 +254,14 @@ def nf4_linear(
     if x.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
         raise ValueError(f"4-bit kernels compute in bfloat16; x is {x.dtype}.")
     flat = x.reshape(-1, weight.columns).contiguous()
+    if flat.data_ptr() % 16:  # rows are copied 16 bytes at a time
+        flat = flat.clone()
     if flat.shape[0] >= _ROWS_TO_DEQUANTISE:
         y = F.linear(flat, weight.dequantise(torch.bfloat16), bias)
     else:
         y, most = flat.new_empty(flat.shape[0], weight.rows), _KERNEL_ROWS[-1]
-        for part, out in zip(torch.split(flat, most), torch.split(y, most), strict=True):
+        for first in range(0, flat.shape[0], most):
+            part, out = flat[first : first + most], y[first : first + most]
             _launch_linear(part, weight, bias, upcoming, out)
     return y.view(*x.shape[:-1], weight.rows)
 
@@ -346,7 +350,10 @@ def _launch_linear(
     index = x.device.index
     plan = _device_plan(index)
     defines = (("ROWS", padded), ("SHARED_BYTES", plan.shared_bytes))
-    kernel = cuda.load_kernel("nf4_linear", index, plan.arch, defines, plan.shared_bytes)
+    # Hopper has a warp that only copies, and reads x through a map.
+    hopper = plan.arch == _HOPPER
+    threads = _WORKERS + 32 if hopper else _WORKERS
+    kernel = cuda.load_kernel("nf4_linear", index, plan.arch, threads, defines, plan.shared_bytes)
     depth = weight.columns // BLOCK
     tall_tiles, last_blocks = divmod(math.ceil(weight.rows / BLOCK), TILE_BLOCKS)
     stages = (tall_tiles + (last_blocks > 0)) * depth
@@ -371,23 +378,20 @@ def _launch_linear(
         weight.scale,
         _codebook_bits(weight.quant_type),
     )
-    if plan.arch == _HOPPER:
-        threads, box = _WORKERS + 32, cuda.tensor_map(x, padded, BLOCK)
-    else:
-        threads, box = _WORKERS, (ctypes.c_uint64 * 16)()
-    kernel.launch((grid, 1, 1), threads, box, argument)
+    box = cuda.tensor_map(x.data_ptr(), *x.shape, padded, BLOCK) if hopper else _NO_MAP
+    kernel.launch((grid, 1, 1), box, argument)
 
 
 def _dequantise_on_cuda(weight: NF4Weight) -> torch.Tensor:
     out = torch.empty(weight.rows, weight.columns, dtype=torch.bfloat16, device=weight.device)
     index = weight.device.index
-    kernel = cuda.load_kernel("nf4_dequantise", index, _device_plan(index).arch)
+    kernel = cuda.load_kernel("nf4_dequantise", index, _device_plan(index).arch, threads=128)
     book = (ctypes.c_float * 16)(*_CODES[weight.quant_type])
     argument = _Dequantise(
         weight.packed.data_ptr(), out.data_ptr(), weight.rows, weight.columns, weight.scale, book
     )
     grid = (weight.columns // BLOCK, math.ceil(weight.rows / BLOCK), 1)
-    kernel.launch(grid, 128, argument)
+    kernel.launch(grid, argument)
     return out
 
 
