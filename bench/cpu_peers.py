@@ -215,7 +215,7 @@ def load_server(
                 summary = measure_point(url, model, clients, args)
                 outcome.by_clients[clients] = summary
                 speed, first = describe(summary)
-                console.print(f"  {clients:3} clients: {speed} tok/s, first token {first} ms")
+                console.print(f"  {clients:3} at a time: {speed} tok/s, first token {first} ms")
     except (NotStarted, BenchError) as error:
         outcome.reason = str(error)
 
