@@ -260,6 +260,9 @@ def main() -> int:
     except (NotStarted, BenchError, httpx.HTTPError) as error:
         print(f"static_vs_continuous: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("static_vs_continuous: interrupted", file=sys.stderr)
+        return 130
     console.print(table(points, args.currency))
     static, continuous, *by_clients = points
     console.print(compare(continuous, static), highlight=False)
