@@ -216,7 +216,7 @@ def load_server(
                 summary = measure_point(url, model, clients, args)
                 outcome.by_clients[clients] = summary
                 speed, first = describe(summary)
-                console.print(f"  {clients:3} clients: {speed} tok/s, first token {first} ms")
+                console.print(f"  {clients:3} at a time: {speed} tok/s, first token {first} ms")
     except (NotStarted, BenchError) as error:
         outcome.reason = str(error)
 
@@ -326,17 +326,34 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped too
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.peers_dir.mkdir(parents=True, exist_ok=True)
-    weights = prepare_weights(args.peers_dir)
-    outcomes = [measure_farthing(args)]
-    outcomes += [measure_peer(peer, weights, args) for peer in PEERS if peer.name in args.peers]
+    outcomes: list[Outcome] = []
+    interrupted = False
+    try:
+        weights = prepare_weights(args.peers_dir)
+        outcomes.append(measure_farthing(args))
+        chosen = [peer for peer in PEERS if peer.name in args.peers]
+        outcomes.extend(measure_peer(peer, weights, args) for peer in chosen)
+    except NotInstalled as error:
+        print(f"cpu_peers: the weights cannot be fetched: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("cpu_peers: interrupted; the server under way is dropped", file=sys.stderr)
+        interrupted = True
+    if not outcomes:
+        return 2
+    report(outcomes, args)
+    return 1 if interrupted or any(outcome.reason for outcome in outcomes) else 0
+
+
+def report(outcomes: Sequence[Outcome], args: argparse.Namespace) -> None:
     for table in tables(outcomes, args.clients):
         console.print(table)
     for outcome in outcomes:
         if outcome.reason is not None:
             console.print(f"{outcome.name}: {outcome.reason}", markup=False)
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     content = {
-        "machine": machine,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "tokens": args.tokens,
         "rounds": args.rounds,
         "servers": [asdict(outcome) for outcome in outcomes],
@@ -344,7 +361,6 @@ def main() -> int:
     args.json.write_text(json.dumps(content, indent=2) + "\n")
     plot(outcomes, args.clients, args.json.with_suffix(".png"))
     console.print(f"figures: {args.json}, picture: {args.json.with_suffix('.png')}")
-    return 1 if any(outcome.reason for outcome in outcomes) else 0
 
 
 def cpu_name() -> str:

@@ -174,7 +174,7 @@ def measure_point(name: str, load: Closed | Open, gate: Gate, args: argparse.Nam
     )
     records: list[Record] = []
     before: list[Counters] = []
-    log = args.json.parent / f"{name.replace(' ', '-')}.log"
+    log = args.json.parent / f"{name.replace(': ', '-')}.log"
     with running(command, f"{url}/ready", log):
         asyncio.run(
             measure(
@@ -253,18 +253,21 @@ def main() -> int:
         ("static", arrivals, StaticBatch(args.batch, args.wait_ms / 1e3)),
         ("continuous", arrivals, no_gate),
     ]
-    cases += [(f"{clients} clients", Closed(clients), no_gate) for clients in args.clients]
+    cases += [(f"clients: {clients}", Closed(clients), no_gate) for clients in args.clients]
     args.json.parent.mkdir(parents=True, exist_ok=True)
     try:
         points = [measure_point(*case, args) for case in cases]
     except (NotStarted, BenchError, httpx.HTTPError) as error:
         print(f"static_vs_continuous: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("static_vs_continuous: interrupted", file=sys.stderr)
+        return 130
     console.print(table(points, args.currency))
     static, continuous, *by_clients = points
-    console.print(compare(continuous, static))
+    console.print(compare(continuous, static), highlight=False)
     for point in by_clients[1:]:
-        console.print(compare(point, by_clients[0]))
+        console.print(compare(point, by_clients[0]), highlight=False)
     settings = {name: str(value) for name, value in vars(args).items()}
     content = {"settings": settings, "points": [asdict(point) for point in points]}
     args.json.write_text(json.dumps(content, indent=2) + "\n")
