@@ -31,18 +31,19 @@ class Kernel:
     """A loaded kernel and how it is launched but for the grid and the stream."""
 
     name: str
+    device_index: int
     function: Any  # CUfunction
     config: Any  # CUlaunchConfig
 
     def launch(self, grid: tuple[int, int, int], *arguments: Any) -> None:
-        """Launch on torch's current stream, also while a graph is being captured there.
+        """Launch on the device's current stream in torch, also while a graph is captured there.
 
-        An argument is a ctypes object or a structure of the driver's bindings. On Hopper and later
-        the kernel may start before the one ahead of it in the stream ends: it must execute
-        griddepcontrol.wait before it touches what that one writes or reads.
+        From one thread at a time. An argument is a ctypes object or a structure of the driver's
+        bindings. On Hopper and later the kernel may start before the one ahead of it in the stream
+        ends: it must execute griddepcontrol.wait before it touches what that one writes or reads.
         """
         self.config.gridDimX, self.config.gridDimY, self.config.gridDimZ = grid
-        self.config.hStream = torch.cuda.current_stream().cuda_stream
+        self.config.hStream = torch.cuda.current_stream(self.device_index).cuda_stream
         pointers = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
         parameters = ctypes.addressof(pointers)
         _check(_driver().cuLaunchKernelEx(self.config, self.function, parameters, 0), self.name)
@@ -84,13 +85,13 @@ def load_kernel(
         config = driver.CUlaunchConfig()
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
-        if torch.cuda.get_device_capability() >= (9, 0):
+        if torch.cuda.get_device_capability(device_index) >= (9, 0):
             early = driver.CUlaunchAttribute()
             ids = driver.CUlaunchAttributeID
             early.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             early.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [early], 1
-    return Kernel(name, function, config)
+    return Kernel(name, device_index, function, config)
 
 
 def compile_kernel(name: str, arch: str, defines: Mapping[str, int]) -> bytes:

@@ -60,6 +60,10 @@ extern "C" __global__ void __launch_bounds__(128)
         int k = i / 4 * 16 + i % 4 / 2 * 8 + column;
         *reinterpret_cast<u32*>(&rows[first + half * 8][k]) = to_bf16_pair(low, high);
     }
+#if __CUDA_ARCH__ >= 900
+    // Only now may the kernel before no longer use the memory of `out`.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     __syncthreads();
     for (int i = threadIdx.x; i < SIDE * 8; i += 128) {
         int row = i / 8, chunk = i % 8 * 8;

@@ -64,7 +64,7 @@ struct Linear {
 
 // ---- which stages are whose ----
 
-// Block `cta` of the grid has stages first_of(cta) to first_of(cta + 1).
+// Thread block `cta` has stages first_of(cta) to first_of(cta + 1).
 __device__ u32 first_of(const Linear& p, u32 cta) { return cta * p.stages / gridDim.x; }
 
 __device__ u32 owner(const Linear& p, u32 stage) {
@@ -209,13 +209,13 @@ __device__ void store(const Linear& p, int tile, int column_tile, int worker, fl
     }
 }
 
-// Where a block leaves its part of a tile that it shares; a range of stages can share two tiles,
-// the one it begins in and the one it ends in.
+// Where a thread block leaves its part of a tile that it shares. It can share two: the one that its
+// stages begin in and the one that they end in.
 __device__ float4* partial(const Linear& p, u32 cta, bool begins_tile) {
     return p.partials + (u64)(2 * cta + begins_tile) * PARTIALS;
 }
 
-// Adds up this block's share of a tile when all its sharers have left their partial sums.
+// Adds up this thread block's share of a tile when all its sharers have left their partial sums.
 __device__ void add_up(const Linear& p, u32 tile) {
     u32 first = owner(p, tile * p.depth);
     u32 sharers = owner(p, (tile + 1) * p.depth - 1) - first + 1;
@@ -231,7 +231,7 @@ __device__ void add_up(const Linear& p, u32 tile) {
     for (u32 i = share * PARTIALS / sharers + threadIdx.x; i < end; i += WORKERS) {
         const float4* part = partial(p, first, true) + i;
         float4 sum = __ldcg(part);
-        part += PARTIALS;  // every later block took the tile over
+        part += PARTIALS;  // the others took the tile over
         for (u32 j = 1; j < sharers; j += BATCH, part += BATCH * 2 * PARTIALS) {
             float4 more[BATCH];
 #pragma unroll
@@ -244,7 +244,7 @@ __device__ void add_up(const Linear& p, u32 tile) {
     }
 }
 
-// What the workers of a block do. A ring waits for a stage, multiplies or skips it and frees it.
+// What the workers of a thread block do. A ring waits for a stage, multiplies or skips it and frees it.
 template <class Ring>
 __device__ void work(const Linear& p, Ring& ring) {
     u32 begin = first_of(p, blockIdx.x), end = first_of(p, blockIdx.x + 1);
@@ -419,7 +419,7 @@ __device__ void feed(const Linear& p, const TensorMap* map, const Shared& shared
     u32 ahead = min(STAGES, end - begin);
     for (u32 i = 0; i < ahead; ++i) ask_weights(begin + i, i);
     wait_for_previous_kernel();
-    let_next_kernel_start();  // not before: preparing that would delay this
+    let_next_kernel_start();
     for (u32 i = 0; i < ahead; ++i) ask_x(i);
     Position at;
     for (u32 stage = begin + ahead; stage < end; ++stage) {
