@@ -15,7 +15,7 @@ import json
 import math
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from farthing.models.decoder import Decoder, TorchLayers
-from farthing.models.decoder_weights import Checkpoint, DecoderConfig, Linear
+from farthing.models.decoder_weights import Checkpoint, DecoderConfig
+from farthing.models.linears import DenseLinear
 from farthing.quant.kernels.int8 import quantise_groups, quantise_rows
 from farthing.quant.kernels.simd import GROUP
 
@@ -58,13 +59,19 @@ def by_group(inputs: torch.Tensor) -> torch.Tensor:
     return codes * scales.repeat_interleave(GROUP, dim=1)
 
 
-class Rounded(TorchLayers):
-    """The torch layers with every linear's inputs rounded in some way."""
+@dataclass(frozen=True, slots=True)
+class RoundedLinear:
+    """A linear whose inputs are rounded in some way."""
 
+    exact: DenseLinear
     rounding: Rounding
 
-    def linear(self, weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
-        return super().linear(weights, self.rounding(inputs))
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.exact(self.rounding(inputs))
+
+    @property
+    def nbytes(self) -> int:
+        return self.exact.nbytes
 
 
 def rounded(folder: Path, rounding: Rounding, pages: torch.dtype = torch.float32) -> Decoder:
@@ -79,8 +86,12 @@ def rounded(folder: Path, rounding: Rounding, pages: torch.dtype = torch.float32
             codes, scales = quantise_rows(state[name])
             state[name] = codes * scales.unsqueeze(1)
     checkpoint = Checkpoint(replace(config, tied=False), state, model.device, torch.float32)
-    layers = Rounded(config, checkpoint, torch.float32)
-    layers.rounding = rounding
+
+    def fuse(names: list[str]) -> RoundedLinear:
+        return RoundedLinear(checkpoint.dense(names), rounding)
+
+    layers = TorchLayers(config, checkpoint, torch.float32, fuse)
+    layers.head = fuse([checkpoint.head_name])
     model.layers = layers
     model.spec = replace(model.spec, kv_dtype=pages)
     return model

@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from steps import best_seconds, cache_for, model_folder, pack
 
-from farthing.models.decoder import Decoder, DecoderPrecision
+from farthing.models.decoder import Decoder
 from farthing.models.decoder_int8 import Int8Layers
 from farthing.models.interface import KVCache, StepInput
 from farthing.quant.kernels.cpu import PHASES
 from farthing.quant.kernels.simd import cycles
+from farthing.quant.precision import Held
 
 # sequences, context, tokens of each in the step
 STEPS = [(1, 200, 1), (8, 200, 1), (32, 200, 1), (1, 128, 128), (2, 128, 128), (4, 128, 128)]
-LOAD: dict[str, tuple[DecoderPrecision, torch.dtype]] = {
+LOAD: dict[str, tuple[Held, torch.dtype]] = {
     "fp32": ("none", torch.float32),
     "bf16": ("none", torch.bfloat16),
     "int8": ("int8", torch.float32),

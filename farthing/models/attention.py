@@ -15,6 +15,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from farthing.models.interface import KVCache, StepInput
 
+# cuDNN's attention builds a plan for every new length: about 60 ms in each decode step.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def write_pages(
     keys: torch.Tensor,

@@ -1,27 +1,29 @@
 """The dense decoder family, llama, qwen2 and qwen3, as one lean forward pass over a paged cache.
 
 Nothing here imports transformers: a small model loads in about a second. In fp32 and bf16 the
-layers are plain torch on any device; in int8 on a CPU they are `models.decoder_int8`'s.
+layers are plain torch on any device, in 4 bits they multiply by `quant.kernels.nf4`, and in int8 on
+a CPU they are `models.decoder_int8`'s.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, silu
 
 from farthing.models.attention import StepAttention
-from farthing.models.decoder_weights import Checkpoint, DecoderConfig, Linear
+from farthing.models.decoder_weights import Checkpoint, DecoderConfig, Fuse
 from farthing.models.interface import KVCache, ModelSpec, StepInput
+from farthing.models.linears import DenseLinear, Linear
 from farthing.models.rope import inverse_frequencies
 from farthing.quant.errors import ModelError
-
-DecoderPrecision = Literal["none", "int8"]
+from farthing.quant.precision import Held
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -57,7 +59,7 @@ class Decoder:
         self,
         config: DecoderConfig,
         state: Mapping[str, torch.Tensor],
-        precision: DecoderPrecision = "none",
+        precision: Held = "none",
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -67,20 +69,23 @@ class Decoder:
         """
         self._device = device or torch.device("cpu")
         checkpoint = Checkpoint(config, state, self._device, dtype)
-        self._embedding = checkpoint.tensor("model.embed_tokens.weight")
+        self._embedding = checkpoint.embedding
         frequencies, self._rope_scale = inverse_frequencies(config.rope, config.head_dim)
         self._frequencies = frequencies.to(self._device)
         if precision == "int8":
             from farthing.models.decoder_int8 import Int8Layers  # numba takes half a second
 
             self.layers: Layers = Int8Layers(config, checkpoint)
+        elif precision == "none":
+            self.layers = TorchLayers(config, checkpoint, dtype, checkpoint.dense)
         else:
-            self.layers = TorchLayers(config, checkpoint, dtype)
-        shared = config.tied and precision == "none"
+            four_bit = partial(checkpoint.four_bit, quant_type=precision)
+            self.layers = TorchLayers(config, checkpoint, dtype, four_bit)
+        shared = config.tied and precision != "int8"
         embedding_bytes = 0 if shared else self._embedding.nbytes
         self.spec = ModelSpec(
             model_type=config.model_type,
-            precision="int8" if precision == "int8" else _DTYPE_NAMES[dtype],
+            precision=_DTYPE_NAMES[dtype] if precision == "none" else precision,
             num_layers=config.num_layers,
             num_kv_heads=config.kv_heads,
             key_dim=config.head_dim,
@@ -95,7 +100,7 @@ class Decoder:
     def from_folder(
         cls,
         folder: Path,
-        precision: DecoderPrecision = "none",
+        precision: Held = "none",
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Decoder:
@@ -124,19 +129,21 @@ class Decoder:
 
 
 class TorchLayers:
-    """The layers in plain torch, in any floating-point dtype on any device."""
+    """The layers in plain torch but for their linears, in any dtype and on any device of these."""
 
-    def __init__(self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, fuse: Fuse
+    ) -> None:
         self._config = config
         self.kv_dtype = dtype
-        self._blocks = [checkpoint.block(index) for index in range(config.num_layers)]
+        self._blocks = [checkpoint.block(index, fuse) for index in range(config.num_layers)]
         self._norm = checkpoint.tensor("model.norm.weight")
-        self._head = Linear(checkpoint.head(), None)
+        self.head: Linear = DenseLinear(checkpoint.head, None)
 
     @property
     def weight_bytes(self) -> int:
-        blocks = sum(tensor.nbytes for block in self._blocks for tensor in block.tensors())
-        return blocks + self._norm.nbytes + self._head.weight.nbytes
+        blocks = sum(block.nbytes for block in self._blocks)
+        return blocks + self._norm.nbytes + self.head.nbytes
 
     def forward(
         self,
@@ -152,22 +159,19 @@ class TorchLayers:
         angles = cosines.unsqueeze(1), sines.unsqueeze(1)
         for index, block in enumerate(self._blocks):
             normed = self._rms_norm(hidden, block.attention_norm)
-            projected = self.linear(block.qkv, normed).view(len(hidden), -1, config.head_dim)
+            projected = block.qkv(normed).view(len(hidden), -1, config.head_dim)
             query, key, value = torch.split(projected, heads, dim=1)
             query = rotate(self._rms_norm(query, block.query_norm), *angles)
             key = rotate(self._rms_norm(key, block.key_norm), *angles)
             attended = attention.attend(index, query, key, value, scale)
-            hidden = hidden + self.linear(block.out, attended.flatten(1))
+            hidden = hidden + block.out(attended.flatten(1))
             normed = self._rms_norm(hidden, block.mlp_norm)
-            gate, up = self.linear(block.gate_up, normed).chunk(2, dim=-1)
-            hidden = hidden + self.linear(block.down, silu(gate) * up)
+            gate, up = block.gate_up(normed).chunk(2, dim=-1)
+            hidden = hidden + block.down(silu(gate) * up)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.linear(self._head, self._rms_norm(hidden, self._norm)).float()
-
-    def linear(self, weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
-        return linear(inputs, weights.weight, weights.bias)
+        return self.head(self._rms_norm(hidden, self._norm)).float()
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """x / √(mean x² + ε) in float32, times the weight; x itself where there is no weight."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 
+from farthing.models.linears import DenseLinear, Linear, NF4Linear
 from farthing.models.rope import rope_parameters
 from farthing.quant.errors import ModelError
+from farthing.quant.four_bit import is_four_bit, read_weight
 from farthing.quant.kernels.int8 import quantise_rows
+from farthing.quant.kernels.nf4 import BLOCK, NF4Weight, QuantType
 from farthing.quant.kernels.simd import GROUP
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+
+Fuse = Callable[[list[str]], Linear]  # linears that share their inputs, by name, as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,18 @@ class DecoderConfig:
                 yield f"{layer}.mlp.{name}.weight", (gated, hidden)
             yield f"{layer}.mlp.down_proj.weight", (hidden, gated)
 
+    def projections(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Those of `shapes` that quantisation takes; embedding, head and norms stay as they are."""
+        return (entry for entry in self.shapes() if entry[0].endswith("_proj.weight"))
+
+    def check_four_bit(self) -> None:
+        """Raise ModelError where a projection's inputs are not whole blocks of the kernels."""
+        for name, (_, inputs) in self.projections():
+            if inputs % BLOCK:
+                raise ModelError(
+                    f"4-bit kernels need inputs that {BLOCK} divides, and {name} has {inputs}"
+                )
+
     def check_int8(self) -> None:
         """Raise ModelError where a size is not a multiple of what shares an activation's scale."""
         for name in ("hidden_size", "intermediate_size", "head_dim"):
@@ -89,14 +108,6 @@ class DecoderConfig:
                     f"int8 on a CPU needs a {name} that {GROUP} divides, and it is {size}. "
                     "Use --quantization none"
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear's weight [outputs, inputs] and bias [outputs]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +123,11 @@ class Block:
     gate_up: Linear
     down: Linear
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    @property
+    def nbytes(self) -> int:
+        norms = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
         linears = (self.qkv, self.out, self.gate_up, self.down)
-        parts = [self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm]
-        for linear in linears:
-            parts += [linear.weight, linear.bias]
-        return (part for part in parts if part is not None)
+        return sum(part.nbytes for part in (*norms, *linears) if part is not None)
 
 
 class Checkpoint:
@@ -134,7 +144,7 @@ class Checkpoint:
         wrong = [
             name
             for name, shape in config.shapes()
-            if name not in state or tuple(state[name].shape) != shape
+            if name not in state or not _has_shape(state, name, shape)
         ]
         if wrong:
             raise ModelError(
@@ -153,26 +163,32 @@ class Checkpoint:
     def optional(self, name: str) -> torch.Tensor | None:
         return self.tensor(name) if name in self._state else None
 
+    @cached_property
+    def embedding(self) -> torch.Tensor:
+        return self.tensor("model.embed_tokens.weight")
+
+    @property
     def head(self) -> torch.Tensor:
         """The language-model head [vocab_size, hidden_size]: the embedding where they are tied."""
-        return self.tensor(self.head_name + ".weight")
+        return self.embedding if self._config.tied else self.tensor("lm_head.weight")
 
     @property
     def head_name(self) -> str:
         return "model.embed_tokens" if self._config.tied else "lm_head"
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int, fuse: Fuse) -> Block:
+        """A layer, its linears made by `dense` or `four_bit`."""
         layer = f"model.layers.{index}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         return Block(
             attention_norm=self.tensor(f"{layer}.input_layernorm.weight"),
             query_norm=self.optional(f"{attention}.q_norm.weight"),
             key_norm=self.optional(f"{attention}.k_norm.weight"),
-            qkv=self._fused([f"{attention}.{name}" for name in QKV]),
-            out=self._fused([f"{attention}.o_proj"]),
+            qkv=fuse([f"{attention}.{name}" for name in QKV]),
+            out=fuse([f"{attention}.o_proj"]),
             mlp_norm=self.tensor(f"{layer}.post_attention_layernorm.weight"),
-            gate_up=self._fused([f"{mlp}.{name}" for name in GATE_UP]),
-            down=self._fused([f"{mlp}.down_proj"]),
+            gate_up=fuse([f"{mlp}.{name}" for name in GATE_UP]),
+            down=fuse([f"{mlp}.down_proj"]),
         )
 
     def bias(self, names: list[str]) -> torch.Tensor | None:
@@ -188,6 +204,22 @@ class Checkpoint:
             return weight, self._state[f"{name}.SCB"].float() / 127
         return quantise_rows(weight)
 
-    def _fused(self, names: list[str]) -> Linear:
+    def dense(self, names: list[str]) -> DenseLinear:
         weights = [self.tensor(f"{name}.weight") for name in names]
-        return Linear(torch.cat(weights), self.bias(names))
+        return DenseLinear(torch.cat(weights), self.bias(names))
+
+    def four_bit(self, names: list[str], quant_type: QuantType) -> NF4Linear:
+        """Weights as bitsandbytes quantised them, or quantised here, on the device, one by one."""
+        weights = [self._four_bit_weight(f"{name}.weight", quant_type) for name in names]
+        return NF4Linear(NF4Weight.concatenate(weights), self.bias(names))
+
+    def _four_bit_weight(self, name: str, quant_type: QuantType) -> NF4Weight:
+        if is_four_bit(self._state, name):
+            return read_weight(self._state, name, self._device)
+        return NF4Weight.from_dense(self.tensor(name), quant_type)
+
+
+def _has_shape(state: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> bool:
+    if name.endswith("_proj.weight") and is_four_bit(state, name):
+        return state[name].nbytes * 2 == prod(shape)  # two codes a byte, in one column
+    return tuple(state[name].shape) == shape

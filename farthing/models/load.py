@@ -17,8 +17,11 @@ from farthing.models.interface import Model
 from farthing.models.memory import free_memory
 from farthing.models.rope import inverse_frequencies
 from farthing.quant.errors import ModelError
+from farthing.quant.four_bit import absmax_name
 from farthing.quant.headers import StoredTensor, read_headers
+from farthing.quant.kernels import cuda
 from farthing.quant.precision import (
+    Held,
     Precision,
     check_quantisable,
     stored_precision,
@@ -76,20 +79,24 @@ def load_model(
             "Use --quantization auto, or the model's 16-bit weights"
         )
     free = free_memory(device)
-    quantised_to: Precision = "none"
+    exact = dtype == torch.float32
+    dtype = dtype or _default_dtype(settings, device)
+    quantised_to: Held = "none"
     if stored is None:
-        exact = dtype == torch.float32
         fast_int8 = not exact and implementation != "transformers" and device.type == "cpu"
-        if precision == "auto" and fast_int8 and _lean_obstacle(settings, "int8", device) is None:
+        if (
+            precision == "auto"
+            and fast_int8
+            and _lean_obstacle(settings, tensors, "int8", device, dtype) is None
+        ):
             precision = "int8"
-        quantised_to = _fitting(precision, tensors, dtype or torch.bfloat16, free)
+        quantised_to = _fitting(precision, tensors, dtype, free)
     held = stored or quantised_to
     if held != "none":
         check_quantisable(tensors, held)
-    dtype = dtype or _default_dtype(settings, device)
     _check_memory(weight_bytes(tensors, quantised_to, dtype), free, held, device)
 
-    obstacle = _lean_obstacle(settings, held, device)
+    obstacle = _lean_obstacle(settings, tensors, held, device, dtype)
     if implementation == "lean" and obstacle is not None:
         raise ModelError(f"--model-impl lean: {obstacle}. Use --model-impl auto")
     if implementation != "transformers" and obstacle is None:
@@ -100,25 +107,61 @@ def load_model(
     return load_hf_model(folder, name, quantised_to != "none", device, dtype)
 
 
-def _lean_obstacle(settings: dict[str, Any], held: str, device: torch.device) -> str | None:
+def _lean_obstacle(
+    settings: dict[str, Any],
+    tensors: list[StoredTensor],
+    held: Held,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
     """Why our own decoder does not compute this model in this precision; None where it does."""
-    if held not in ("none", "int8") or (held == "int8" and device.type != "cpu"):
-        return f"{held} weights on {device.type} go through bitsandbytes"
     try:
         config = DecoderConfig.from_json(settings)
         inverse_frequencies(config.rope, config.head_dim)
         if held == "int8":
-            config.check_int8()
+            _check_int8(config, device)
+        elif held != "none":
+            _check_four_bit(config, tensors, held, device, dtype)
     except ModelError as error:
         return str(error)
     return None
 
 
-def _load_lean(folder: Path, held: str, device: torch.device, dtype: torch.dtype) -> Model:
+def _check_int8(config: DecoderConfig, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ModelError(f"int8 weights on {device.type} go through bitsandbytes")
+    config.check_int8()
+
+
+def _check_four_bit(
+    config: DecoderConfig,
+    tensors: list[StoredTensor],
+    held: Held,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    if device.type != "cuda":
+        raise ModelError(f"{held} weights on {device.type} go through bitsandbytes")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < cuda.OLDEST:
+        oldest = ".".join(map(str, cuda.OLDEST))
+        raise ModelError(
+            f"4-bit kernels need compute capability {oldest} or later, and {device} has "
+            f"{major}.{minor}"
+        )
+    if dtype != torch.bfloat16:
+        raise ModelError(f"4-bit kernels compute in bf16, not in {_DTYPE_NAMES[dtype]}")
+    config.check_four_bit()
+    stored = {tensor.name for tensor in tensors if tensor.name.endswith(".weight.absmax")}
+    if stored and stored != {absmax_name(name) for name, _ in config.projections()}:
+        raise ModelError("the checkpoint's 4-bit weights are not exactly its layers' projections")
+
+
+def _load_lean(folder: Path, held: Held, device: torch.device, dtype: torch.dtype) -> Model:
     if held == "int8":
         # Embeddings and norms are a small part, and float32 keeps what the checkpoint has.
         return Decoder.from_folder(folder, "int8", device, torch.float32)
-    return Decoder.from_folder(folder, "none", device, dtype)
+    return Decoder.from_folder(folder, held, device, dtype)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -161,11 +204,11 @@ def _default_dtype(settings: dict[str, Any], device: torch.device) -> torch.dtyp
 
 def _fitting(
     precision: Precision, tensors: list[StoredTensor], dtype: torch.dtype, free: int
-) -> Precision:
+) -> Held:
     """What "auto" stands for; other precisions as they are."""
     if precision != "auto":
         return precision
-    choices: tuple[Precision, ...] = ("none", "int8", "nf4")
+    choices: tuple[Held, ...] = ("none", "int8", "nf4")
     fitting = (choice for choice in choices if weight_bytes(tensors, choice, dtype) < 0.9 * free)
     return next(fitting, "nf4")
 

@@ -10,13 +10,17 @@ from farthing.quant.errors import ModelError
 from farthing.quant.headers import StoredTensor
 
 Precision = Literal["auto", "none", "int8", "nf4"]
+Stored = Literal["int8", "nf4", "fp4"]
+Held = Literal["none", "int8", "nf4", "fp4"]  # "none": in a floating-point dtype
 
-# An absmax (doubly quantised) for a block of 64 4-bit weights; one for a row of 8-bit weights.
-_BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+# Our kernels hold an absmax, of a block of 64 4-bit weights, in 16 bits. bitsandbytes' double
+# quantisation takes one byte, 3 % of the weight less. 8-bit weights have an absmax a row.
+_ABSMAX_BYTES = 2
+_BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + _ABSMAX_BYTES / 64}
 _KEPT_IN_16_BITS = ("embed_tokens.weight", "lm_head.weight")
 
 
-def stored_precision(settings: dict[str, Any] | None) -> str | None:
+def stored_precision(settings: dict[str, Any] | None) -> Stored | None:
     """The precision of a prequantised checkpoint's `quantization_config`; None for a plain one.
 
     Raises ModelError for formats other than bitsandbytes'.
@@ -25,7 +29,7 @@ def stored_precision(settings: dict[str, Any] | None) -> str | None:
         return None
     method = settings.get("quant_method")
     if settings.get("load_in_4bit"):
-        return str(settings.get("bnb_4bit_quant_type", "fp4"))
+        return "nf4" if settings.get("bnb_4bit_quant_type") == "nf4" else "fp4"
     if settings.get("load_in_8bit"):
         return "int8"
     raise ModelError(
@@ -53,12 +57,15 @@ def check_quantisable(tensors: list[StoredTensor], precision: str) -> None:
 def weight_bytes(tensors: list[StoredTensor], precision: str, dtype: torch.dtype) -> int:
     """What the weights will take in memory: "none", "int8" or "nf4" of a plain checkpoint.
 
-    Tensors of one byte an element are a prequantised checkpoint's and count as they are.
+    Tensors of one byte an element are a prequantised checkpoint's and count as they are, but for
+    the absmax of 4-bit weights.
     """
     total = 0.0
     for tensor in tensors:
         is_linear = len(tensor.shape) == 2 and not tensor.name.endswith(_KEPT_IN_16_BITS)
-        if tensor.nbytes == tensor.numel:
+        if tensor.name.endswith(".weight.absmax"):
+            total += tensor.numel * _ABSMAX_BYTES
+        elif tensor.nbytes == tensor.numel:
             total += tensor.nbytes
         elif is_linear and precision != "none":
             total += tensor.numel * _BYTES_PER_WEIGHT[precision]

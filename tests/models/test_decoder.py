@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from farthing.models.decoder import Decoder, TorchLayers
-from farthing.models.decoder_weights import Checkpoint, DecoderConfig, Linear
+from farthing.models.decoder_weights import Checkpoint, DecoderConfig
+from farthing.models.linears import DenseLinear
 from farthing.models.rope import inverse_frequencies, rope_parameters
 from farthing.quant.errors import ModelError
 from farthing.quant.kernels import int8
@@ -111,19 +112,33 @@ def test_fp32_gives_transformers_logits_under_random_steps(
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-class Quantising(TorchLayers):
-    """The torch layers with both sides of every linear quantised."""
+@dataclass(frozen=True)
+class QuantisingLinear:
+    """A linear with both its sides quantised."""
 
-    def linear(self, weights: Linear, inputs: torch.Tensor) -> torch.Tensor:
-        product = int8.linear(*int8.quantise_groups(inputs), *int8.quantise_rows(weights.weight))
-        return product if weights.bias is None else product + weights.bias
+    exact: DenseLinear
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.exact.weight, self.exact.bias
+        product = int8.linear(*int8.quantise_groups(inputs), *int8.quantise_rows(weight))
+        return product if bias is None else product + bias
+
+    @property
+    def nbytes(self) -> int:
+        return self.exact.nbytes
 
 
 def test_int8_equals_plain_torch_with_the_same_quantisation(folder: Path) -> None:
     fast = Decoder.from_folder(folder, "int8")
     slow = Decoder.from_folder(folder)
     config, state = read_checkpoint(folder)
-    slow.layers = Quantising(config, Checkpoint(config, state, CPU, torch.float32), torch.float32)
+    checkpoint = Checkpoint(config, state, CPU, torch.float32)
+
+    def fuse(names: list[str]) -> QuantisingLinear:
+        return QuantisingLinear(checkpoint.dense(names))
+
+    slow.layers = TorchLayers(config, checkpoint, torch.float32, fuse)
+    slow.layers.head = fuse([checkpoint.head_name])
     slow.spec = replace(slow.spec, kv_dtype=torch.bfloat16)
     texts = random_texts(6, 40, seed=2)
     expected = run(session(slow), texts, seed=9)

@@ -95,6 +95,16 @@ def test_any_magnitude_keeps_its_precision(size: float) -> None:
     assert relative_error(got, want) < 1e-3
 
 
+def test_concatenated_weights_are_the_same_weights() -> None:
+    dense = torch.randn(70, 128), torch.randn(3, 128) * 1e4, torch.randn(64, 128) * 1e-3
+    parts = [NF4Weight.from_dense(part) for part in dense]
+    assert len({part.scale for part in parts}) == 3
+    whole = NF4Weight.concatenate(parts).dequantise(torch.float64)
+    assert torch.equal(whole, torch.cat([part.dequantise(torch.float64) for part in parts]))
+    with pytest.raises(ValueError, match="several kinds"):
+        NF4Weight.concatenate([parts[0], NF4Weight.from_dense(dense[0], "fp4")])
+
+
 def test_product_on_a_cpu() -> None:
     weight = NF4Weight.from_dense(torch.randn(80, 128))
     x, bias = torch.randn(2, 3, 128), torch.randn(80)

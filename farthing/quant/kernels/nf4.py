@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
@@ -111,6 +112,25 @@ class NF4Weight:
         rows, _ = _matrix_shape(weight.shape)
         codes, absmax = quantise(weight, quant_type)
         return cls._pack(codes.view(rows, -1), absmax.view(rows, -1), quant_type)
+
+    @classmethod
+    def concatenate(cls, weights: Sequence[NF4Weight]) -> NF4Weight:
+        """The weights of linears that share their inputs as one, rows after rows.
+
+        Exact unless an absmax is more than 2^28 times smaller than the largest of all weights.
+
+        Raises:
+            ValueError: their types or widths differ.
+        """
+        kinds = {(weight.quant_type, weight.columns) for weight in weights}
+        if len(kinds) != 1:
+            raise ValueError(f"4-bit weights of several kinds cannot become one: {kinds}.")
+        parts = [unpack(weight.packed, weight.rows, weight.columns) for weight in weights]
+        codes = torch.cat([codes for codes, _ in parts])
+        absmax = torch.cat(
+            [own.float() * weight.scale for weight, (_, own) in zip(weights, parts, strict=True)]
+        )
+        return cls._pack(codes, absmax, weights[0].quant_type)
 
     @classmethod
     def _pack(cls, codes: torch.Tensor, absmax: torch.Tensor, quant_type: QuantType) -> NF4Weight:
