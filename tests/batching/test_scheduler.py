@@ -130,7 +130,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(
     history=st.lists(actions, max_size=60),
     pages=st.integers(10, 24),

@@ -151,7 +151,9 @@ def test_wrong_values_are_refused(words: list[str]) -> None:
 def test_ctrl_c_reports_what_was_measured(serve: Serve) -> None:
     server = serve(lambda path, body: Answer(first_s=0.05))
     code = (
-        "import argparse, sys\n"
+        "import argparse, signal, sys\n"
+        # As in a terminal: a shell's background jobs, and what they start, ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from farthing.bench.command import add_arguments, run\n"
         "parser = argparse.ArgumentParser()\n"
         "add_arguments(parser)\n"
