@@ -67,17 +67,20 @@ class Clock:
 class Engine:
     """Runs steps until it is told to stop or its front end is gone."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, channel: Channel) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, channel: Channel, parent: int | None = None
+    ) -> None:
+        """`parent`: the process to end with; by default the one that is the parent now."""
         self._scheduler = scheduler
         self._runner = runner
         self._channel = channel
         self._clock = Clock()
         self._events: list[TokenEvent] = []
-        self._parent = os.getppid()
+        self._parent = parent or os.getppid()
         self._stopping = False
 
     def run(self) -> None:
-        """Loop until Shutdown, or until the parent process is another than at the start."""
+        """Loop until Shutdown, or until the parent process is gone."""
         while not self._stopping and os.getppid() == self._parent:
             self._receive()
             now = time.monotonic()

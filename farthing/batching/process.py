@@ -106,7 +106,7 @@ def build(settings: EngineSettings, channel: ZmqChannel) -> Engine:
         ),
         PagePool(pages, settings.page_size, settings.enable_prefix_caching),
     )
-    engine = Engine(scheduler, runner, channel)
+    engine = Engine(scheduler, runner, channel, settings.parent)
     channel.send(_ready(model, settings, pages, max_model_len, began))
     return engine
 
@@ -153,7 +153,9 @@ def main() -> int:
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSettings)
     logs.set_up(settings.log_level)
     # The terminal's Ctrl-C reaches the whole process group; the front end decides when to stop.
+    # systemd's SIGTERM reaches every process too. Shutdown and SIGKILL end an engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = ZmqChannel(settings.inbox, settings.outbox)
     try:
         build(settings, channel).run()

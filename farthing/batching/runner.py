@@ -26,7 +26,9 @@ def step_input(chunks: Rows[Chunk], page_size: int, device: torch.device) -> Ste
     width = max(len(chunk.sequence.pages) for chunk in chunks)
     block_tables = np.zeros((len(chunks), width), dtype=np.int32)
     for row, chunk in enumerate(chunks):
-        block_tables[row, : len(chunk.sequence.pages)] = chunk.sequence.pages
+        pages = chunk.sequence.pages
+        block_tables[row, : len(pages)] = pages
+        block_tables[row, len(pages) :] = pages[0]  # never a stranger's page
     owner = np.repeat(np.arange(len(chunks)), lengths)
     slots = block_tables[owner, positions // page_size].astype(np.int64) * page_size
     slots += positions % page_size

@@ -152,6 +152,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_folder: str
     inbox: str  # ZeroMQ addresses, bound by the front end
     outbox: str
+    parent: int = 0  # the front end's process: the engine ends when it is gone
     precision: Literal["auto", "none", "int8", "nf4"] = "auto"
     model_impl: Literal["auto", "lean", "transformers"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

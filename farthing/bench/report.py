@@ -93,7 +93,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         output_tokens_per_s=output_tokens / seconds,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        counted_by=" and ".join(sorted({record.counted_by for record in records})),
+        counted_by=" and ".join(sorted({record.counted_by for record in good or records})),
         cost=cost,
         cost_per_million_tokens=_per_million(cost, output_tokens + (prompt_tokens or 0)),
         cost_per_million_output_tokens=_per_million(cost, output_tokens),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from farthing.models.interface import KVCache, StepInput
 
@@ -149,7 +149,8 @@ class StepAttention:
     ) -> _Group:
         pages = -(-length // self._kv.page_size)
         tables = self._step.block_tables[members]
-        tables = pad(tables, (0, max(0, pages - tables.shape[1])))[:, :pages]
+        missing = max(0, pages - tables.shape[1])
+        tables = torch.cat([tables, tables[:, :1].expand(-1, missing)], dim=1)[:, :pages]
         positions = self._step.positions[rows].view(-1, chunk)
         return _Group(rows, tables, positions, length, {})
 

@@ -180,6 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             continue
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
+            del options["metavar"]  # it takes no value; refused from Python 3.14 on
         if get_origin(field.annotation) is Literal:
             options["metavar"] = "{" + ",".join(get_args(field.annotation)) + "}"
         group.add_argument(_flag(name), **options)

@@ -56,8 +56,7 @@ ENGINE_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
     "MALLOC_TOP_PAD_": str(128 * 2**20),
 }
-DEATHS_PER_REQUEST = 3  # within DEATH_WINDOW_S: the request is taken to be the cause
-DEATH_WINDOW_S = 60.0
+DEATHS_PER_REQUEST = 3  # then the request is taken to be the cause, however long each engine lived
 MAX_BACKOFF_S = 30.0
 MAX_FAILED_STARTS = 5  # in a row; then /health fails, though the tries go on
 SHUTDOWN_S = 10.0
@@ -75,7 +74,7 @@ class Stream:
         self.started = False  # an event was seen: the request is not queued any more
         self.ended = False
         self._tokens: list[int] = []
-        self._deaths: deque[float] = deque()
+        self._deaths = 0
         self._events: deque[TokenEvent] = deque()
         self._arrived = asyncio.Event()
         self._cancelled = cancelled
@@ -118,12 +117,10 @@ class Stream:
         generated = self.request.generated + self._tokens
         return msgspec.structs.replace(self.request, generated=generated)
 
-    def survive(self, now: float) -> bool:
+    def survive(self) -> bool:
         """Note an engine's death; False if this request has seen too many of them."""
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATH_WINDOW_S:
-            self._deaths.popleft()
-        return len(self._deaths) < DEATHS_PER_REQUEST
+        self._deaths += 1
+        return self._deaths < DEATHS_PER_REQUEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +171,9 @@ class _Life:
         )
         reader = asyncio.create_task(self._read(handle))
         try:
-            settings = msgspec.structs.replace(settings, inbox=self.inbox, outbox=self.outbox)
+            settings = msgspec.structs.replace(
+                settings, inbox=self.inbox, outbox=self.outbox, parent=os.getpid()
+            )
             # communicate() writes, closes standard input and waits for the end.
             await process.communicate(msgspec.json.encode(settings))
         finally:
@@ -186,7 +185,9 @@ class _Life:
         return process.returncode
 
     def send(self, message: ToEngine) -> None:
-        self._to_engine.send(encode(message), zmq.NOBLOCK)
+        # Without a peer the process is ending, and the next one is told of every open request.
+        with contextlib.suppress(zmq.Again):
+            self._to_engine.send(encode(message), zmq.NOBLOCK)
 
     def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -252,8 +253,10 @@ class EngineClient:
 
     @property
     def healthy(self) -> bool:
-        """False while the engine is stalled, or when it could not be started again and again."""
-        return not self._stalled(time.monotonic()) and self._failed_starts < MAX_FAILED_STARTS
+        """False when work waits and nothing came of it in time, or when no engine can start."""
+        silent_s = time.monotonic() - self._last_message
+        stuck = bool(self._streams) and silent_s > self._deadline_s
+        return not stuck and self._failed_starts < MAX_FAILED_STARTS
 
     @property
     def pid(self) -> int | None:
@@ -319,12 +322,11 @@ class EngineClient:
         number = 0
         while not self._stopping.is_set():
             number += 1
-            self._life = _Life(self._context, self._command, self._folder, number)
             try:
-                code = await self._life.run(self._settings, self._handle)
-            finally:
-                self._life.kill()
-                self._life.close()
+                code = await self._live(number)
+            except Exception:
+                log.exception("the engine process could not be run")
+                code = -1
             if self._stopping.is_set():
                 self._up = False
                 return
@@ -333,6 +335,15 @@ class EngineClient:
                 backoff = min(2.0**self._failed_starts, MAX_BACKOFF_S)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), backoff)
+
+    async def _live(self, number: int) -> int:
+        """One engine's whole life; returns its exit code."""
+        life = self._life = _Life(self._context, self._command, self._folder, number)
+        try:
+            return await life.run(self._settings, self._handle)
+        finally:
+            life.kill()
+            life.close()
 
     def _handle(self, message: FromEngine) -> None:
         self._last_message = time.monotonic()
@@ -367,9 +378,8 @@ class EngineClient:
         self._up = False
         self._observers.down()
         self._fail_first_start("the engine process died while it started; its log says why")
-        now = time.monotonic()
         for stream in list(self._streams.values()):
-            if not stream.survive(now):
+            if not stream.survive():
                 self._end(stream, "error", "the engine died repeatedly while on this request")
 
     def _fail_first_start(self, message: str) -> None:

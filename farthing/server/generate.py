@@ -185,8 +185,9 @@ def _submit_all(requests: Sequence[Request], services: Services) -> list[EventSt
         for request in requests:
             streams.append(services.engine.submit(request))  # noqa: PERF401 (cancelled below)
     except Exception:
-        for stream in streams:
+        for request, stream in zip(requests, streams, strict=False):
             stream.cancel()
+            services.meter.settle(request.request_id)
         raise
     return streams
 

@@ -65,11 +65,15 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ListenError(
-            f"cannot listen on --host {host} --port {port}: {error.strerror or error}; "
-            "end what holds it, or choose another"
-        ) from None
+        raise _not_listening(host, port, error) from None
     return listener
+
+
+def _not_listening(host: str, port: int, error: OSError) -> ListenError:
+    return ListenError(
+        f"cannot listen on --host {host} --port {port}: {error.strerror or error}; "
+        "end what holds it, or choose another"
+    )
 
 
 async def _serve(
@@ -111,8 +115,12 @@ async def _serve(
     finally:
         starting.cancel()
         server.should_exit = True
-        await http
-        await engine.stop()
+        try:
+            await http
+        except OSError as error:  # another server took the address in the meantime
+            raise _not_listening(settings.host, settings.port, error) from None
+        finally:
+            await engine.stop()
 
 
 class _Server(uvicorn.Server):
