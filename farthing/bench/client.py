@@ -100,10 +100,10 @@ class _Choice(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     cost: float | None = None
-    cost_details: dict[str, Any] = {}
+    cost_details: dict[str, Any] | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -200,17 +200,18 @@ class Client:
         except httpx.HTTPError as error:
             failure = _Failure("broken stream", str(error) or type(error).__name__)
         ended = time.perf_counter()
-        usage = stream.usage
+        usage = stream.usage or _Usage()
+        counted = usage.completion_tokens
         return Record(
             due=due,
             sent=sent,
             chunk_times=tuple(stream.chunk_times),
             ended=ended,
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            output_tokens=usage.completion_tokens if usage else len(stream.chunk_times),
-            counted_by="usage" if usage else "chunks",
-            cost=usage.cost if usage else None,
-            currency=usage.cost_details.get("currency") if usage else None,
+            prompt_tokens=usage.prompt_tokens,
+            output_tokens=len(stream.chunk_times) if counted is None else counted,
+            counted_by="chunks" if counted is None else "usage",
+            cost=usage.cost,
+            currency=(usage.cost_details or {}).get("currency"),
             failure=failure.kind if failure else None,
             detail=str(failure) if failure else "",
         )

@@ -20,9 +20,7 @@ class StepInput:
     tokens: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T], from 0 in each sequence
     slots: torch.Tensor  # int64 [T], page * page_size + offset, where each token's K and V go
-    block_tables: (
-        torch.Tensor
-    )  # int32 [S, P], each one's pages in order, padded with its first
+    block_tables: torch.Tensor  # int32 [S, P], each one's pages in order, padded with its first
     query_starts: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S], tokens in the cache once this step is written
     logits_rows: torch.Tensor  # int64 [R], the rows of T whose logits are wanted

@@ -42,8 +42,8 @@ class Vocabulary(Protocol):
         """The UTF-8 bytes a token stands for, perhaps part of a character; special ones too."""
         ...
 
-    def detokeniser(self) -> Detokeniser:
-        """A new one, for a new sequence."""
+    def detokeniser(self, *, continues: bool = False) -> Detokeniser:
+        """A new one, for a new sequence; `continues` where its text goes on with the prompt's."""
         ...
 
 
@@ -108,7 +108,7 @@ class ByteLevelVocabulary:
         special = self._tokens.special.get(token)
         return self.shown_bytes(token) if special is None else special.encode()
 
-    def detokeniser(self) -> Detokeniser:
+    def detokeniser(self, *, continues: bool = False) -> Detokeniser:  # noqa: ARG002
         return _ByteLevelDetokeniser(self)
 
     def shown_bytes(self, token: int) -> bytes:
@@ -160,8 +160,8 @@ class SentencePieceVocabulary:
         piece = self.piece(token) if special is None else special
         return piece if isinstance(piece, bytes) else piece.encode()
 
-    def detokeniser(self) -> Detokeniser:
-        return _SentencePieceDetokeniser(self)
+    def detokeniser(self, *, continues: bool = False) -> Detokeniser:
+        return _SentencePieceDetokeniser(self, 0 if continues else self.leading_spaces)
 
     def piece(self, token: int) -> str | bytes:
         """What a token adds to the text: some text, or one byte of a character."""
@@ -175,9 +175,9 @@ class SentencePieceVocabulary:
 class _SentencePieceDetokeniser:
     """Bytes are held until their run ends: the decoder keeps or rejects a run as a whole."""
 
-    def __init__(self, vocabulary: SentencePieceVocabulary) -> None:
+    def __init__(self, vocabulary: SentencePieceVocabulary, spaces_to_drop: int) -> None:
         self._piece = vocabulary.piece
-        self._spaces_to_drop = vocabulary.leading_spaces
+        self._spaces_to_drop = spaces_to_drop
         self._run = bytearray()
 
     def push(self, token: int) -> str:

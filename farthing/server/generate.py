@@ -39,7 +39,7 @@ class Generation:
         self._answers = [
             Answer(
                 index,
-                services.text.detokeniser(),
+                services.text.detokeniser(continues=body.continues),
                 body.stops,
                 min_tokens=request.params.min_tokens,
                 keep_tokens=request.params.logprobs is not None,

@@ -36,6 +36,12 @@ def plan(
     request_id = uuid4().hex
     arrival = time.monotonic()
     choices = range(body.n or 1)
+    asked = len(prompts) * len(choices)
+    if asked > services.max_sequences:
+        raise InvalidRequest(
+            f"{asked} answers are asked for at once; at most {services.max_sequences} can be",
+            param="n",
+        )
     requests: list[Request] = []
     for ids in prompts:
         _check_ids(ids, prompt_field, info)

@@ -8,7 +8,7 @@ field, as it does for OpenAI.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -145,6 +145,7 @@ class ChatMessage(_Wire):
 class GenerationRequest(_Wire):
     """What chat and plain completions have in common."""
 
+    continues: ClassVar[bool] = False  # whether the answer's text goes on with the prompt's
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -255,6 +256,7 @@ class ChatCompletionRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
+    continues: ClassVar[bool] = True
     prompt: Annotated[
         Annotated[str, Tag("<string>")]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<strings>")]
@@ -269,7 +271,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     suffix: NotYet = None
-    best_of: NotYet = None
+    best_of: Annotated[None, BeforeValidator(lambda v: None if v == 1 else _not_yet(v))] = None
 
     @property
     def token_limit(self) -> int | None:

@@ -8,13 +8,13 @@ from typing import Protocol
 from urllib.parse import quote
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from farthing.batching import types as batching
 from farthing.server.answer import Piece
-from farthing.server.errors import BodyTooLarge, ModelNotFound, to_api_error
+from farthing.server.errors import BodyTooLarge, InvalidRequest, ModelNotFound, to_api_error
 from farthing.server.generate import Generation
 from farthing.server.protocol import GenerationRequest, Usage
 from farthing.server.services import Services
@@ -47,14 +47,17 @@ class Dialect(Protocol):
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, of at most `limit` bytes. Raises BodyTooLarge."""
+    """The body, of at most `limit` bytes. Raises BodyTooLarge; InvalidRequest if it breaks off."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise BodyTooLarge(
-                f"The body is longer than {limit} bytes.", headers={"Connection": "close"}
-            )
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise BodyTooLarge(
+                    f"The body is longer than {limit} bytes.", headers={"Connection": "close"}
+                )
+    except ClientDisconnect:
+        raise InvalidRequest("The client left before its request was whole.") from None
     return bytes(body)
 
 

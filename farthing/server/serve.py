@@ -93,6 +93,7 @@ async def _serve(
         version=farthing.__version__,
         created=int(time.time()),
         aliases=(ALIAS,),
+        max_sequences=settings.max_queue,
     )
     server = _Server(
         uvicorn.Config(

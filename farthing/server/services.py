@@ -24,6 +24,7 @@ class Services:
     version: str
     created: int
     aliases: tuple[str, ...] = ()  # other names for the same model
+    max_sequences: int = 1024  # that one request may ask for: as many as may wait
     body_limit: int = 16 * 1024 * 1024  # bytes
 
     @property

@@ -100,9 +100,9 @@ class TextModel:
             ids = self._encode(text, add_special_tokens)
         return self._with_one_bos(ids) if add_special_tokens else ids
 
-    def detokeniser(self) -> Detokeniser:
+    def detokeniser(self, *, continues: bool = False) -> Detokeniser:
         """A new one, for a new sequence."""
-        return self.vocabulary.detokeniser()
+        return self.vocabulary.detokeniser(continues=continues)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole sequence, special tokens left out."""

@@ -130,3 +130,12 @@ def test_an_unknown_decoder_is_refused(decoder):
         tokenizer.decoder = decoder
     with pytest.raises(UnsupportedTokenizer, match=r"tokenizer\.json"):
         read_vocabulary(tokenizer)
+
+
+def test_a_continuation_keeps_the_space_that_a_text_would_not_begin_with() -> None:
+    tokenizer = sentencepiece(strip=True)
+    vocabulary = read_vocabulary(tokenizer)
+    ids = [tokenizer.token_to_id("▁Hello"), tokenizer.token_to_id("▁a")]
+    for continues, text in ((False, "Hello a"), (True, " Hello a")):
+        detokeniser = vocabulary.detokeniser(continues=continues)
+        assert "".join([*map(detokeniser.push, ids), detokeniser.finish()]) == text

@@ -212,6 +212,24 @@ async def test_a_body_over_the_limit_is_413(client: httpx.AsyncClient):
     assert response.headers["connection"] == "close"
 
 
+async def test_more_answers_than_may_ever_wait_is_no_429(services: Services):
+    app = create_app(replace(services, max_sequences=3))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://farthing"
+    ) as client:
+        response = await client.post(PLAIN, json={"prompt": ["a", "b"], "n": 2})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == "n"
+    assert "at most 3" in error["message"]
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 1}, {"suffix": ""}])
+async def test_openais_own_defaults_are_accepted(client: httpx.AsyncClient, fields: dict[str, Any]):
+    response = await client.post(PLAIN, json={"prompt": "a", "max_tokens": 2, **fields})
+    assert response.status_code == 200
+
+
 async def test_a_prompt_beyond_the_context_is_said_to_be_so(client: httpx.AsyncClient):
     too_long = [
         (CHAT, {"messages": [{"role": "user", "content": "x" * 512}]}, "messages"),
