@@ -36,9 +36,9 @@ LOAD: dict[str, tuple[Held, torch.dtype]] = {
 }
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit  # type: ignore[untyped-decorator]  # numba has no types
 def now() -> int:
-    return cycles()  # type: ignore[no-any-return]
+    return cycles()  # type: ignore[no-any-return]  # as above
 
 
 def bandwidth() -> float:
@@ -98,7 +98,7 @@ def main() -> None:
         for sequences, context, chunk in STEPS:
             step = pack(sequences, context, chunk)
             kv = cache_for(model, step)
-            total = 1e3 * best_seconds(lambda: model.forward(step, kv))  # noqa: B023
+            total = 1e3 * best_seconds(lambda: model.forward(step, kv))  # noqa: B023 (called at once)
             times = [total, floor_ms(model, step, speed), *parts_ms(model, step, kv).values()]
             table.add_row(f"{sequences} × {chunk}", *(f"{value:.2f}" for value in times))
         console.print(table)

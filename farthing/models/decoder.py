@@ -112,7 +112,7 @@ class Decoder:
         state = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
-                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 (no dict)
         return cls(DecoderConfig.from_json(config), state, precision, device, dtype)
 
     @property

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from uuid import uuid4
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -25,7 +23,7 @@ from farthing.server.protocol import (
     ChatLogprobs,
     Usage,
 )
-from farthing.server.respond import check_model, read_body, respond
+from farthing.server.respond import check_model, head, read_body, respond
 from farthing.server.services import Services, services_of
 
 
@@ -54,10 +52,7 @@ class ChatDialect:
     """Writes chat completions."""
 
     def __init__(self, body: ChatCompletionRequest, services: Services) -> None:
-        self._id = f"chatcmpl-{uuid4().hex}"
-        self._created = int(time.time())
-        self._model = body.model or services.model
-        self._fingerprint = services.fingerprint
+        self._head = head("chatcmpl", body, services)
         self._vocabulary = services.text.vocabulary
         self._choices = body.n or 1
         self._with_logprobs = body.logprob_count is not None
@@ -91,12 +86,9 @@ class ChatDialect:
     def whole(self, answers: Sequence[Sequence[Piece]], usage: Usage) -> ChatCompletion:
         """All messages."""
         return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            **self._head,
             choices=[self._choice(index, pieces) for index, pieces in enumerate(answers)],
             usage=usage,
-            system_fingerprint=self._fingerprint,
         )
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> ChatChoice:
@@ -114,10 +106,7 @@ class ChatDialect:
         self, choices: list[ChatChunkChoice], usage: Usage | None = None
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            **self._head,
             choices=choices,
-            system_fingerprint=self._fingerprint,
             usage=usage if self._with_usage else UNSET,
         )

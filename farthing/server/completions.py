@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from uuid import uuid4
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -20,7 +18,7 @@ from farthing.server.protocol import (
     CompletionRequest,
     Usage,
 )
-from farthing.server.respond import check_model, read_body, respond
+from farthing.server.respond import check_model, head, read_body, respond
 from farthing.server.services import Services, services_of
 
 
@@ -58,10 +56,7 @@ class CompletionDialect:
     """Writes plain completions. `echoes` are the prompts by choice, or none."""
 
     def __init__(self, body: CompletionRequest, echoes: Sequence[str], services: Services) -> None:
-        self._id = f"cmpl-{uuid4().hex}"
-        self._created = int(time.time())
-        self._model = body.model or services.model
-        self._fingerprint = services.fingerprint
+        self._head = head("cmpl", body, services)
         self._vocabulary = services.text.vocabulary
         self._echoes = echoes
         self._with_logprobs = body.logprob_count is not None
@@ -94,11 +89,8 @@ class CompletionDialect:
     def whole(self, answers: Sequence[Sequence[Piece]], usage: Usage) -> Completion:
         """All continuations."""
         return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            **self._head,
             choices=[self._choice(index, pieces) for index, pieces in enumerate(answers)],
-            system_fingerprint=self._fingerprint,
             usage=usage,
         )
 
@@ -118,10 +110,7 @@ class CompletionDialect:
         self, choices: list[CompletionChoice], usage: Usage | None = None
     ) -> Completion:
         return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            **self._head,
             choices=choices,
-            system_fingerprint=self._fingerprint,
             usage=usage if self._with_usage else UNSET,
         )

@@ -108,7 +108,7 @@ class ByteLevelVocabulary:
         special = self._tokens.special.get(token)
         return self.shown_bytes(token) if special is None else special.encode()
 
-    def detokeniser(self, *, continues: bool = False) -> Detokeniser:  # noqa: ARG002
+    def detokeniser(self, *, continues: bool = False) -> Detokeniser:  # noqa: ARG002 (no space is dropped here)
         return _ByteLevelDetokeniser(self)
 
     def shown_bytes(self, token: int) -> bytes:

@@ -90,12 +90,6 @@ class Stream:
             await self._arrived.wait()
         return self._events.popleft()
 
-    def take_ready(self) -> list[TokenEvent]:
-        """The events that are there already, without waiting."""
-        events = list(self._events)
-        self._events.clear()
-        return events
-
     def cancel(self) -> None:
         """Abort the request if it still runs; iteration ends after what has already come."""
         if not self.ended:

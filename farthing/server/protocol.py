@@ -7,6 +7,7 @@ field, as it does for OpenAI.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -188,9 +189,9 @@ class GenerationRequest(_Wire):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def logprob_count(self) -> int | None:
         """None: no log probabilities; n: those of the drawn token and of the n likeliest."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:

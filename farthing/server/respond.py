@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 from urllib.parse import quote
+from uuid import uuid4
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -24,6 +26,25 @@ _CLIENT_GONE = 499  # nobody reads it; the access log shows it
 _NAMED_UNKNOWNS = 32
 
 _encode = msgspec.json.Encoder().encode
+
+
+class Head(TypedDict):
+    """What every answer and every chunk of it begins with."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+def head(kind: str, body: GenerationRequest, services: Services) -> Head:
+    """A new answer's head; `kind` begins its id."""
+    return Head(
+        id=f"{kind}-{uuid4().hex}",
+        created=int(time.time()),
+        model=body.model or services.model,
+        system_fingerprint=services.fingerprint,
+    )
 
 
 class Dialect(Protocol):
@@ -126,7 +147,7 @@ class EventStreamResponse(Response):
         self._dialect = dialect
         self._include_usage = include_usage
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's three)
         watch = asyncio.create_task(_cancel_on_disconnect(receive, self._generation))
         try:
             await send(
